@@ -1,0 +1,4 @@
+"""Everything that imports Dagster: ops, jobs, assets, checks, schedules, sensors, resources.
+
+Code here adapts; the work itself is done by the library rooms below.
+"""

@@ -1,0 +1,1 @@
+"""The web server: Dagster's UI and GraphQL, `POST /api/backup/trigger`, and access control."""
