@@ -1,0 +1,232 @@
+"""The manifest: what is known of a backup file, kept beside it as `<file>.manifest.json`.
+
+What belongs here: the fields, their JSON form, its version, and the seal (HMAC) that shows an edit. What does not:
+reading and writing files (`storage`), and judging a backup (`verification`).
+
+The manifest lands before its file, so a file of ours always has one; a file without is a legacy backup.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from enum import Enum
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from kanbu_backup_dagster.backup.names import MANIFEST_SUFFIX, BackupType
+from kanbu_backup_dagster.errors import CorruptBackupError
+from kanbu_backup_dagster.schedule_file import RetentionPolicy
+
+FORMAT_VERSION = 1
+
+
+class Trigger(str, Enum):
+    """What started the run that made a backup."""
+
+    SCHEDULED = "scheduled"
+    MANUAL = "manual"
+    EXTERNAL = "external"
+    PRE_RESTORE = "pre_restore"
+
+
+class VerificationStatus(str, Enum):
+    """What is known of a backup's integrity (the users' guide's four words)."""
+
+    VERIFIED = "verified"
+    PENDING = "pending"
+    FAILED = "failed"
+    NO_CHECKSUM = "no_checksum"
+
+
+def _require_zone(moment: datetime) -> datetime:
+    if moment.tzinfo is None:
+        raise ValueError("a time without a zone")
+    return moment
+
+
+Moment = Annotated[datetime, AfterValidator(_require_zone)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Verification(_Part):
+    """The last verdict on the file.
+
+    Attributes:
+        status: The verdict.
+        at: When it was reached; None while pending.
+        detail: Why, where there is something to say.
+        deep: Whether the content was read too (gzip CRC, dump trailer, row counts), not only the hashes.
+    """
+
+    status: VerificationStatus = VerificationStatus.PENDING
+    at: Moment | None = None
+    detail: str = ""
+    deep: bool = False
+
+
+class StageReport(_Part):
+    """One stage of the stream: bytes in and out, and seconds spent in the stage itself (not in those above it)."""
+
+    name: str
+    bytes_in: int
+    bytes_out: int
+    busy_seconds: float
+
+
+class DatabaseFacts(_Part):
+    """What was dumped, and what a restore will need.
+
+    Attributes:
+        name: The database's name.
+        server_version: As the server says it, e.g. `16.4`.
+        pg_dump_version: The client's, likewise.
+        mode: `direct` or `docker`.
+        size_bytes: `pg_database_size` when the dump began.
+        roles: Roles that own something or are granted something in the dump.
+        extensions: Installed extensions, name to version.
+        rows: Rows per table, keyed by the dump's own qualified name (`public."Task"`), counted in the dump stream.
+    """
+
+    name: str
+    server_version: str
+    pg_dump_version: str
+    mode: str
+    size_bytes: int
+    roles: tuple[str, ...] = ()
+    extensions: dict[str, str] = Field(default_factory=dict)
+    rows: dict[str, int] = Field(default_factory=dict)
+
+
+class ExclusionFacts(_Part):
+    """What one exclusion rule kept out of a source archive: entries, and bytes of the files among them."""
+
+    rule: str
+    count: int
+    bytes: int
+
+
+class SourceFacts(_Part):
+    """What a source archive holds.
+
+    Attributes:
+        path: The folder archived.
+        files: Regular files (each hard link's first name).
+        folders: Folders.
+        links: Symbolic and further hard links.
+        bytes: Bytes of the regular files.
+        excluded: What each rule kept out.
+        warnings: What was skipped or changed while it was read, one line each.
+        git_commit: The commit checked out there, if any.
+    """
+
+    path: str
+    files: int
+    folders: int
+    links: int
+    bytes: int
+    excluded: tuple[ExclusionFacts, ...] = ()
+    warnings: tuple[str, ...] = ()
+    git_commit: str | None = None
+
+
+class Manifest(_Part):
+    """All that is known of one backup file. Sizes in bytes, times aware (UTC in JSON), hashes in lower-case hex.
+
+    Attributes:
+        sha256: Of the compressed bytes, before encryption.
+        stored_sha256: Of the file as stored.
+        key_id: Which key encrypted it (`keys.EncryptionKey.key_id`).
+        retention: The policy of the schedule that made it.
+        held: Pinned against every retention rule.
+        proven_at: When a drill last restored it.
+        seal: HMAC-SHA256 over everything else; None when there was no key.
+    """
+
+    format_version: int = FORMAT_VERSION
+    filename: str
+    type: BackupType
+    trigger: Trigger
+    schedule_id: int | None = None
+    schedule_name: str | None = None
+    created_at: Moment
+    raw_bytes: int
+    compressed_bytes: int
+    stored_bytes: int
+    sha256: str
+    stored_sha256: str
+    encrypted: bool
+    key_id: str | None = None
+    database: DatabaseFacts | None = None
+    source: SourceFacts | None = None
+    retention: RetentionPolicy | None = None
+    duration_seconds: float
+    stages: tuple[StageReport, ...] = ()
+    run_id: str = ""
+    verification: Verification = Verification()
+    held: bool = False
+    proven_at: Moment | None = None
+    seal: str | None = None
+
+    def to_json(self, seal_key: bytes | None) -> bytes:
+        """The manifest as JSON for people and programs, sealed under `seal_key` where there is one."""
+        fields = self.model_dump(mode="json", exclude={"seal"})
+        fields["seal"] = _seal(fields, seal_key) if seal_key else None
+        return (json.dumps(fields, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def _seal(fields: dict[str, Any], seal_key: bytes) -> str:
+    unsealed = {name: value for name, value in fields.items() if name != "seal"}
+    canonical = json.dumps(unsealed, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+    return hmac.new(seal_key, canonical.encode(), hashlib.sha256).hexdigest()
+
+
+def parse_manifest(filename: str, content: bytes, seal_keys: Sequence[bytes] = ()) -> Manifest:
+    """Read `content`, found beside the file `filename`.
+
+    Args:
+        filename: The backup file's name; the manifest must be about it.
+        content: The manifest file's bytes.
+        seal_keys: The keys a seal may have been made with. Without any a seal is not judged.
+
+    Raises:
+        CorruptBackupError: Not a manifest, another file's, or edited since it was sealed.
+    """
+    where = filename + MANIFEST_SUFFIX
+    try:
+        fields = json.loads(content)
+    except ValueError as error:
+        raise CorruptBackupError(f"The manifest {where} is not JSON: {error}.") from None
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CorruptBackupError(
+            f"The manifest {where} has format version {version}; this release reads up to {FORMAT_VERSION}.",
+            advice="Upgrade kanbu-backup-dagster to read it.",
+        )
+    try:
+        manifest = Manifest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the whole"
+        raise CorruptBackupError(f"The manifest {where} cannot be read: {field}: {first['msg']}.") from None
+    if manifest.filename != filename:
+        raise CorruptBackupError(f"The manifest {where} is about another file, {manifest.filename}.")
+    if seal_keys:
+        if manifest.seal is None:
+            raise CorruptBackupError(
+                f"The manifest {where} carries no seal although a key is set.",
+                advice="It was written without a key, or edited; `force` accepts it.",
+            )
+        if not any(hmac.compare_digest(_seal(fields, key), manifest.seal) for key in seal_keys):
+            raise CorruptBackupError(
+                f"The manifest {where} does not match its seal: it was edited, or sealed with a key that is not set.",
+                advice="Compare the key id with that of BACKUP_ENCRYPTION_KEY (`kanbu-backup show`).",
+            )
+    return manifest
