@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from kanbu_backup_dagster.backup.names import MANIFEST_SUFFIX, BackupType
+from kanbu_backup_dagster.backup.names import MANIFEST_SUFFIX, BackupType, require_name
 from kanbu_backup_dagster.errors import CorruptBackupError
 from kanbu_backup_dagster.schedule_file import RetentionPolicy
 
@@ -218,12 +218,13 @@ def parse_manifest(filename: str, content: bytes, seal_keys: Sequence[bytes] = (
         raise CorruptBackupError(f"The manifest {where} cannot be read: {field}: {first['msg']}.") from None
     if manifest.filename != filename:
         raise CorruptBackupError(f"The manifest {where} is about another file, {manifest.filename}.")
-    if seal_keys:
+    name = require_name(filename)
+    if (name.type, name.encrypted) != (manifest.type, manifest.encrypted):
+        raise CorruptBackupError(f"The manifest {where} contradicts the file's name.")
+    if seal_keys and (manifest.seal is not None or manifest.encrypted):
+        # A backup made while no key was set has an honest manifest without a seal; an encrypted one never has.
         if manifest.seal is None:
-            raise CorruptBackupError(
-                f"The manifest {where} carries no seal although a key is set.",
-                advice="It was written without a key, or edited; `force` accepts it.",
-            )
+            raise CorruptBackupError(f"The manifest {where} has lost its seal: it was edited.")
         if not any(hmac.compare_digest(_seal(fields, key), manifest.seal) for key in seal_keys):
             raise CorruptBackupError(
                 f"The manifest {where} does not match its seal: it was edited, or sealed with a key that is not set.",
