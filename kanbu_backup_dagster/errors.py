@@ -49,7 +49,7 @@ class StorageError(KanbuError):
 
 
 class SourceError(KanbuError):
-    """What is to be backed up cannot be read: no server, no client program, a dump that is not whole, a missing path."""
+    """What is to be backed up cannot be read: no server, no client, a dump that is not whole, a missing path."""
 
 
 class EncryptionKeyError(KanbuError):

@@ -3,7 +3,8 @@
 What belongs here: making, parsing and refusing file names. What does not: whether such a file exists.
 
 The forms are the users' guide's: `kanbu_backup_2026-01-18T10-30-00.sql.gz[.enc]` and
-`kanbu_source_2026-01-18T10-30-00.tar.gz[.enc]`, times in UTC; Kanbu's older `.sql` and `.sql.enc` are read, never written.
+`kanbu_source_2026-01-18T10-30-00.tar.gz[.enc]`, times in UTC; Kanbu's older `.sql` and `.sql.enc` are
+read, never written.
 """
 
 from __future__ import annotations
