@@ -16,8 +16,9 @@ from datetime import datetime, timedelta, timezone
 from enum import Enum
 
 from kanbu_backup_dagster.errors import BackupNotFoundError
+from kanbu_backup_dagster.storage.protocol import SIDECAR_SUFFIX
 
-MANIFEST_SUFFIX = ".manifest.json"
+MANIFEST_SUFFIX = SIDECAR_SUFFIX
 
 _TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
 _NAME = re.compile(

@@ -1,0 +1,380 @@
+"""A local folder as storage.
+
+What belongs here: landing files atomically in a folder, its mark, and clearing leftovers. What does not: what a mount
+is (`rclone`), or what the files mean.
+
+How a file lands: it is written as `.kanbu-incoming-*.part`, locked (flock) by its writer for as long as that lives.
+Under the folder's lock (flock on the mark) its sidecar is created exclusively, which claims the name; then it gets that
+name. So a part nobody holds, or a sidecar without file seen under the folder's lock, is a leftover of a run that died.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+from kanbu_backup_dagster.errors import StorageError
+from kanbu_backup_dagster.storage.mounts import mount_of
+from kanbu_backup_dagster.storage.protocol import SIDECAR_SUFFIX, Incoming, StoredFile
+
+MARK_NAME = ".kanbu-storage"
+_PART_PREFIX, _PART_SUFFIX = ".kanbu-incoming-", ".part"
+_SIDECAR_TEMPORARY = ".kanbu-sidecar-"
+# Another machine's locks cannot be seen on a network file system; what was not touched for this long is not in use.
+_NETWORK_LEFTOVER_SECONDS = 2 * 24 * 3600
+_NO_HARD_LINKS = {errno.EPERM, errno.EIO, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
+
+class FolderStorage:
+    """Backups in the folder `path`. See `protocol.Storage` for the contract of each method."""
+
+    settles_at_once = True
+
+    def __init__(self, path: Path, *, variable: str = "BACKUP_LOCAL_PATH") -> None:
+        self._folder = path
+        self._variable = variable
+
+    @property
+    def location(self) -> str:
+        return str(self._folder)
+
+    def prepare(self, *, known_mark: str | None = None, needed_bytes: int = 0) -> str:
+        mark = self._read_mark()
+        if mark is None and known_mark is not None:
+            raise self._inaccessible(
+                f"{self._folder} held backups before, and now bears no mark of it. Is the volume mounted?",
+                "Mount it; or, if this is meant to be a new, empty storage, run `kanbu-backup storage mark`.",
+            )
+        if mark is None:
+            mark = self.mark()
+        with self._translated("write to"):
+            probe = self._folder / f"{_PART_PREFIX}{secrets.token_hex(8)}{_PART_SUFFIX}"
+            with self._locked():
+                os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                probe.unlink()
+        free = self.free_bytes()
+        if free < needed_bytes:
+            raise self._inaccessible(
+                f"{self._folder} has {free:,} bytes free, and the next backup is expected to need {needed_bytes:,}.",
+                "Make room, or shorten the retention.",
+            )
+        return mark
+
+    def mark(self) -> str:
+        """Declare the folder a storage, making it (0700) if missing; gives its mark, an existing one unchanged."""
+        with self._translated("make"):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            temporary = self._folder / f"{_PART_PREFIX}{secrets.token_hex(8)}{_PART_SUFFIX}"
+            content = {"storage": str(uuid.uuid4()), "since": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+            _write_new(temporary, (json.dumps(content) + "\n").encode())
+            try:
+                _rename_exclusively(temporary, self._folder / MARK_NAME)
+            except (FileExistsError, FileNotFoundError):
+                # Another run marked the folder first, and may have cleared our temporary file as a leftover.
+                temporary.unlink(missing_ok=True)
+            _sync_folder(self._folder)
+        mark = self._read_mark()
+        if mark is None:
+            raise self._inaccessible(f"the mark {MARK_NAME} written to {self._folder} cannot be read back.")
+        return mark
+
+    def _read_mark(self) -> str | None:
+        with self._translated("read"):
+            try:
+                content = (self._folder / MARK_NAME).read_bytes()
+            except FileNotFoundError:
+                return None
+        try:
+            return str(json.loads(content)["storage"])
+        except (ValueError, KeyError, TypeError):
+            raise self._inaccessible(
+                f"the mark {self._folder / MARK_NAME} is damaged.", "Delete it and run `kanbu-backup storage mark`."
+            ) from None
+
+    @contextmanager
+    def receive(self) -> Iterator[Incoming]:
+        part = self._folder / f"{_PART_PREFIX}{secrets.token_hex(8)}{_PART_SUFFIX}"
+        with self._translated("write to"), self._locked():
+            # Created and locked under the folder's lock: whoever clears leftovers never sees it unlocked.
+            handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            _try_lock(handle)
+        incoming = _IncomingFile(self, part, handle)
+        try:
+            yield incoming
+        finally:
+            incoming.discard()
+
+    def files(self) -> list[StoredFile]:
+        with self._translated("list"), os.scandir(self._folder) as entries:
+            return sorted(
+                (
+                    _stored_file(entry.name, entry.stat(follow_symlinks=False))
+                    for entry in entries
+                    if not entry.name.startswith(".")
+                    and not entry.name.endswith(SIDECAR_SUFFIX)
+                    and entry.is_file(follow_symlinks=False)
+                ),
+                key=lambda file: file.name,
+            )
+
+    def sidecars(self) -> list[str]:
+        with self._translated("list"):
+            names = os.listdir(self._folder)
+        return sorted(
+            name.removesuffix(SIDECAR_SUFFIX)
+            for name in names
+            if name.endswith(SIDECAR_SUFFIX) and not name.startswith(".")
+        )
+
+    def find(self, name: str) -> StoredFile | None:
+        with self._translated("read"):
+            try:
+                status = self._entry(name).lstat()
+            except FileNotFoundError:
+                return None
+        return _stored_file(name, status) if stat.S_ISREG(status.st_mode) else None
+
+    def read(self, name: str, *, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
+        with self._translated("read"):
+            handle = os.open(self._entry(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                # What is read back must come from the medium. The file was synced, so its pages are clean and go.
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                while chunk := os.read(handle, chunk_bytes):
+                    yield chunk
+            finally:
+                os.close(handle)
+
+    def read_sidecar(self, name: str) -> bytes | None:
+        with self._translated("read"):
+            try:
+                return self._sidecar(name).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def replace_sidecar(self, name: str, content: bytes) -> None:
+        temporary = self._folder / f"{_SIDECAR_TEMPORARY}{secrets.token_hex(8)}{_PART_SUFFIX}"
+        with self._translated("write to"), self._locked():
+            try:
+                _write_new(temporary, content)
+                temporary.replace(self._sidecar(name))
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync_folder(self._folder)
+
+    def delete(self, name: str) -> None:
+        with self._translated("delete from"), self._locked():
+            self._entry(name).unlink()
+            _sync_folder(self._folder)
+            self._sidecar(name).unlink(missing_ok=True)
+            _sync_folder(self._folder)
+
+    def remove_leftovers(self) -> list[str]:
+        removed = []
+        mount = mount_of(self._folder)
+        youngest = time.time() - _NETWORK_LEFTOVER_SECONDS if mount is not None and mount.is_network else None
+        with self._translated("clean"), self._locked() as exclusive:
+            if not exclusive:
+                return []
+            names = set(os.listdir(self._folder))
+            orphans = {
+                name
+                for name in names
+                if name.endswith(SIDECAR_SUFFIX)
+                and name.startswith("kanbu_")
+                and name[: -len(SIDECAR_SUFFIX)] not in names
+            }
+            parts = {name for name in names if name.endswith(_PART_SUFFIX) and name.startswith(".kanbu-")}
+            for name in sorted(orphans | parts):
+                if self._is_abandoned(name, locked_by_writer=name in parts, older_than=youngest):
+                    (self._folder / name).unlink(missing_ok=True)
+                    removed.append(name)
+            if removed:
+                _sync_folder(self._folder)
+        return removed
+
+    def _is_abandoned(self, name: str, *, locked_by_writer: bool, older_than: float | None) -> bool:
+        try:
+            handle = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        try:
+            if older_than is not None and os.fstat(handle).st_mtime > older_than:
+                return False
+            return not locked_by_writer or _try_lock(handle)
+        finally:
+            os.close(handle)
+
+    def free_bytes(self) -> int:
+        with self._translated("read"):
+            status = os.statvfs(self._folder)
+        return status.f_bavail * status.f_frsize
+
+    def path(self, name: str) -> str:
+        return str(self._entry(name))
+
+    def _entry(self, name: str) -> Path:
+        if not name or name.startswith(".") or "/" in name or "\0" in name:
+            raise ValueError(f"not a plain file name: {name!r}")
+        return self._folder / name
+
+    def _sidecar(self, name: str) -> Path:
+        return self._entry(name + SIDECAR_SUFFIX)
+
+    @contextmanager
+    def _locked(self) -> Iterator[bool]:
+        """Hold the folder's lock, for moments only. Yields False where the file system has no locks."""
+        handle = os.open(self._folder / MARK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                held = True
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                held = False
+            yield held
+        finally:
+            os.close(handle)
+
+    @contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        """Turn what the system says into what a user understands."""
+        try:
+            yield
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            advice = {
+                errno.ENOSPC: "Make room, or shorten the retention.",
+                errno.EDQUOT: "Make room, or shorten the retention.",
+                errno.ENOENT: "Is the volume mounted? Does the folder exist?",
+                errno.EROFS: "The file system is mounted read-only.",
+                errno.ENOTCONN: "The mount's process has died: mount it again.",
+            }.get(error.errno or 0, "Check that the folder exists and that this user may write to it.")
+            raise self._inaccessible(f"cannot {doing} {self._folder}: {reason}.", advice) from error
+
+    def _inaccessible(self, reason: str, advice: str = "") -> StorageError:
+        return StorageError(f"Storage not accessible: {reason} (set by {self._variable})", advice=advice)
+
+
+class _IncomingFile:
+    """The writing half of `FolderStorage.receive`."""
+
+    def __init__(self, storage: FolderStorage, part: Path, handle: int) -> None:
+        self._storage = storage
+        self._part = part
+        self._handle: int | None = handle
+        self._written = 0
+
+    def write(self, chunk: bytes) -> None:
+        assert self._handle is not None
+        with self._storage._translated("write to"):
+            view = memoryview(chunk)
+            while view:
+                view = view[os.write(self._handle, view) :]
+        self._written += len(chunk)
+
+    def commit(self, names: Iterator[str], sidecar: Callable[[str], bytes]) -> str:
+        assert self._handle is not None
+        storage = self._storage
+        with storage._translated("write to"), storage._locked():
+            size = os.fstat(self._handle).st_size
+            if size != self._written:
+                raise storage._inaccessible(
+                    f"{size:,} bytes arrived in {storage.location} of {self._written:,} written."
+                )
+            os.fsync(self._handle)
+            for name in names:
+                if self._claim_and_name(name, sidecar):
+                    break
+            _sync_folder(storage._folder)
+        self.discard()
+        return name
+
+    def _claim_and_name(self, name: str, sidecar: Callable[[str], bytes]) -> bool:
+        final, beside = self._storage._entry(name), self._storage._sidecar(name)
+        if os.path.lexists(final):
+            return False
+        try:
+            _write_new(beside, sidecar(name))
+        except FileExistsError:
+            return False
+        try:
+            # Whoever reads the file must find its sidecar, also after a crash: its entry is made lasting first.
+            _sync_folder(self._storage._folder)
+            _rename_exclusively(self._part, final)
+        except BaseException as error:
+            beside.unlink(missing_ok=True)
+            if isinstance(error, FileExistsError):  # a writer that does not know our lock took the name
+                return False
+            raise
+        return True
+
+    def discard(self) -> None:
+        """Close, which ends the lock, and remove the part if it was not committed."""
+        if self._handle is None:
+            return
+        handle, self._handle = self._handle, None
+        try:
+            self._part.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _rename_exclusively(part: Path, final: Path) -> None:
+    """Rename without overwriting: a hard link refuses an existing name in one step, where the file system has them."""
+    try:
+        os.link(part, final)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        if os.path.lexists(final):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from None
+        part.rename(final)
+    else:
+        part.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return False
+        raise
+    return True
+
+
+def _stored_file(name: str, status: os.stat_result) -> StoredFile:
+    return StoredFile(name, status.st_size, datetime.fromtimestamp(status.st_mtime, timezone.utc))

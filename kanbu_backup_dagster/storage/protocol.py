@@ -1,0 +1,94 @@
+"""The storage protocol: what every place that keeps backups promises.
+
+What belongs here: the contract. What does not: any file system call.
+
+A storage keeps *files*, each with a small *sidecar* (`<file>.manifest.json`). Names are plain: no folder, no leading
+dot. Every method raises `StorageError` when the place cannot be reached or trusted; none leaves half a file under a
+listed name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+SIDECAR_SUFFIX = ".manifest.json"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One listed file: its name, size in bytes and time of last change (UTC)."""
+
+    name: str
+    size: int
+    modified: datetime
+
+
+class Incoming(Protocol):
+    """A file on its way in, under a name that no listing shows. Leaving its context without `commit` removes it."""
+
+    def write(self, chunk: bytes) -> None:
+        """Append `chunk`."""
+
+    def commit(self, names: Iterator[str], sidecar: Callable[[str], bytes]) -> str:
+        """Make the file lasting under the first free name of `names` and return that name.
+
+        Order: length check, sync, the sidecar under the chosen name (`sidecar(name)` gives its bytes), the rename that
+        commits, sync of the folder. Nothing that exists is overwritten.
+        """
+
+
+class Storage(Protocol):
+    """A place that keeps backup files."""
+
+    @property
+    def location(self) -> str:
+        """Where this is, for people: a path."""
+
+    @property
+    def settles_at_once(self) -> bool:
+        """Whether a committed file is where it will stay. False: it may still be on its way (an upload in a cache)."""
+
+    def prepare(self, *, known_mark: str | None = None, needed_bytes: int = 0) -> str:
+        """Check that files can be written, and give the storage's mark (made on first use).
+
+        Args:
+            known_mark: The mark this location had before; when it has none now, the place behind it is another.
+            needed_bytes: Room that the next file is expected to need.
+        """
+
+    def receive(self) -> AbstractContextManager[Incoming]:
+        """Begin a new file."""
+
+    def files(self) -> list[StoredFile]:
+        """All files with plain names, sidecars left out, in order of name."""
+
+    def sidecars(self) -> list[str]:
+        """Names of the files that a sidecar exists for, whether the file does or not, in order."""
+
+    def find(self, name: str) -> StoredFile | None:
+        """The file called `name`, if there is one."""
+
+    def read(self, name: str, *, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
+        """The file's bytes, as they are on the medium: not from a cache of this machine where that can be avoided."""
+
+    def read_sidecar(self, name: str) -> bytes | None:
+        """The sidecar of the file `name`, or None when it has none."""
+
+    def replace_sidecar(self, name: str, content: bytes) -> None:
+        """Replace the sidecar of the file `name` in one step."""
+
+    def delete(self, name: str) -> None:
+        """Remove the file, then its sidecar: a crash between the two leaves no file that looks whole and is not."""
+
+    def remove_leftovers(self) -> list[str]:
+        """Remove what killed runs left, where it is provably not in use, and name it."""
+
+    def free_bytes(self) -> int:
+        """Room left."""
+
+    def path(self, name: str) -> str:
+        """Where the file is, for people and for metadata."""
