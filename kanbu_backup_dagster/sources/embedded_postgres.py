@@ -1,0 +1,512 @@
+"""A PostgreSQL server of one's own: for the demo, for drills on a machine without a server, and for tests.
+
+What belongs here: making, starting, stopping and removing one server in one folder. What does not: finding its programs
+(`server_binaries`), and backing it up.
+
+No existing file or folder changes its permissions here. PostgreSQL refuses to run as root, so under root it runs as
+`postgres` or `nobody`, in a folder that user can enter; where it cannot enter the one asked for, a new one under
+/var/tmp holds the data and a link `home` points to it.
+
+The server listens on a Unix socket in a folder that only its own user (and root) can enter, and asks for no password
+there. Connections over TCP, if `settings` turns them on, need a password (scram-sha-256), and no role has one at first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from urllib.parse import quote
+
+from kanbu_backup_dagster.errors import SourceError
+from kanbu_backup_dagster.sources.server_binaries import ENVIRONMENT, ServerBinaries, find_server_binaries
+
+SUPERUSER = "kanbu"
+"""The role that owns the server; `EmbeddedPostgres.url` connects as it."""
+
+# sun_path holds 108 bytes on Linux and 104 on macOS, its closing NUL among them; the file is called .s.PGSQL.<port>.
+_LONGEST_SOCKET_FOLDER = 103 - len("/.s.PGSQL.65535")
+
+
+@dataclass(frozen=True)
+class _Account:
+    """Whom the server runs as: ourselves (no ids), or under root an ordinary user."""
+
+    uid: int | None = None
+    gid: int | None = None
+    name: str = ""
+
+    def popen(self, command: list[str | Path], **options: object) -> subprocess.Popen[str]:
+        """`subprocess.Popen` as this user, in "/", with nothing of our own environment."""
+        return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+            command,
+            text=True,
+            cwd="/",
+            env=ENVIRONMENT,
+            user=self.uid,
+            group=self.gid,
+            extra_groups=None if self.uid is None else [],
+            **options,
+        )
+
+    def run(self, command: list[str | Path]) -> tuple[int, str]:
+        """The exit status of `command` as this user, and what it printed; 126 when this user may not run it."""
+        try:
+            process = self.popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace"
+            )
+        except PermissionError as error:
+            return 126, str(error)
+        output, _ = process.communicate()
+        return process.returncode, output
+
+    def can_enter(self, folder: Path) -> bool:
+        return self.uid is None or self.run(["/bin/sh", "-c", 'cd -- "$1"', "sh", folder])[0] == 0
+
+    def own(self, folder: Path) -> None:
+        """Make `folder`, new and empty, for this user alone."""
+        folder.mkdir(mode=0o700)
+        if self.uid is not None and self.gid is not None:
+            os.chown(folder, self.uid, self.gid)
+
+
+def _server_account() -> _Account:
+    if os.geteuid() != 0:
+        return _Account()
+    for name in ("postgres", "nobody"):
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            continue
+        account = _Account(entry.pw_uid, entry.pw_gid, name)
+        try:
+            account.can_enter(Path("/"))
+        except (OSError, subprocess.SubprocessError) as error:
+            raise SourceError(
+                f"PostgreSQL refuses to run as root, and root may not become {name!r} here ({error}).",
+                advice="Run this as an ordinary user.",
+            ) from error
+        return account
+    raise SourceError(
+        "PostgreSQL refuses to run as root, and there is no user 'postgres' or 'nobody' to run it as.",
+        advice="Run this as an ordinary user.",
+    )
+
+
+@dataclass(frozen=True)
+class _PidFile:
+    """What a running server says of itself in `postmaster.pid` (PostgreSQL's src/include/utils/pidfile.h)."""
+
+    pid: int
+    port: int
+    socket_folder: Path
+    status: str
+
+    @classmethod
+    def read(cls, data: Path) -> _PidFile | None:
+        """None when there is no such file, or the server has not written it to its end yet."""
+        try:
+            lines = (data / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return None
+        if len(lines) < 8:
+            return None
+        return cls(int(lines[0]), int(lines[3]), Path(lines[4]), lines[7].strip())
+
+    @classmethod
+    def ready_process(cls, data: Path) -> int | None:
+        """The process that has said in this file that it takes connections."""
+        pid_file = cls.read(data)
+        return pid_file.pid if pid_file is not None and pid_file.status == "ready" else None
+
+
+def _serves(pid: int, data: Path) -> bool:
+    """Whether process `pid` is a PostgreSQL server of the folder `data`; the number may have gone to another since."""
+    if Path("/proc/self/cmdline").exists():
+        try:
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        if b"-D" not in arguments[:-1]:
+            return False
+        theirs = Path(os.fsdecode(arguments[arguments.index(b"-D") + 1]))
+        # A folder that is gone may be ours under the name it had when the server was started.
+        return not theirs.exists() or theirs.samefile(data)
+    answer = subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return f"-D {data}" in answer.stdout
+
+
+@dataclass
+class EmbeddedPostgres:
+    """A running server. Made by `start` or `temporary`; as a context manager it stops at the end.
+
+    Attributes:
+        folder: The folder it was asked to live in.
+        home: The folder it lives in: `folder`, or under root perhaps another that `folder/home` points to.
+        binaries: The programs it runs.
+        port: Its port: part of the socket's name, and the TCP port if `settings` turned TCP on.
+        socket_folder: Where its Unix socket is.
+    """
+
+    folder: Path
+    home: Path
+    binaries: ServerBinaries
+    port: int
+    socket_folder: Path
+    _account: _Account
+    _programs: Path
+    _process: subprocess.Popen[str] | None = field(default=None, repr=False)
+
+    @property
+    def url(self) -> str:
+        """A URL of the maintenance database, as the superuser, over the Unix socket."""
+        return self.database_url("postgres")
+
+    def database_url(self, database: str) -> str:
+        """A `postgresql://` URL of `database`, as the superuser, over the Unix socket; it holds no secret."""
+        socket_folder = quote(str(self.socket_folder), safe="/")
+        return f"postgresql://{SUPERUSER}@/{quote(database, safe='')}?host={socket_folder}&port={self.port}"
+
+    @property
+    def bin_folder(self) -> Path:
+        """Where this server's own `psql`, `pg_dump` and so on are, runnable by the caller."""
+        return self.binaries.bin_folder
+
+    @property
+    def major(self) -> int:
+        """The server's major version, for example 18."""
+        return self.binaries.major
+
+    @property
+    def version(self) -> str:
+        """The server's version, for example "18.4"."""
+        return self.binaries.version
+
+    @classmethod
+    def start(
+        cls,
+        folder: Path | str,
+        *,
+        major: int | None = None,
+        durable: bool = True,
+        settings: Mapping[str, str] | None = None,
+        timeout: float = 60.0,
+    ) -> EmbeddedPostgres:
+        """Start the server that lives in `folder`, making it first if there is none; one that runs already is kept.
+
+        Args:
+            folder: Its own folder; made if missing. Nothing else should be kept in it.
+            major: The major version wanted; by default that of the data in `folder`, else the newest found.
+            durable: False gives up all safety against a crash of the machine for speed.
+            settings: PostgreSQL settings by name, for a server that is started now.
+            timeout: Seconds to wait until it answers.
+
+        Raises:
+            SourceError: No programs of that version, a folder that cannot be used, or a server that does not start.
+        """
+        folder = Path(folder).resolve()
+        account = _server_account()
+        try:
+            # Under root others must pass through it to the data; they can neither list nor read anything here.
+            folder.mkdir(mode=0o700 if account.uid is None else 0o711, parents=True, exist_ok=True)
+            with _locked(folder / ".lock"):
+                return cls._start(folder, account, major, durable, settings or {}, timeout)
+        except OSError as error:
+            raise SourceError(f"PostgreSQL cannot be started in {folder}: {error}.") from error
+
+    @classmethod
+    def _start(
+        cls,
+        folder: Path,
+        account: _Account,
+        major: int | None,
+        durable: bool,
+        settings: Mapping[str, str],
+        timeout: float,
+    ) -> EmbeddedPostgres:
+        home = _existing_home(folder, account)
+        binaries = _choose_binaries(home and home / "data", major)
+        home = home or _new_home(folder, account)
+        data = home / "data"
+        make = functools.partial(
+            cls,
+            folder=folder,
+            home=home,
+            binaries=binaries,
+            _account=account,
+            _programs=_programs_for(account, binaries, home),
+        )
+        if data.exists():
+            _check_owner(data, account)
+            pid_file = _PidFile.read(data)
+            if pid_file is not None:
+                if _serves(pid_file.pid, data):
+                    if not pid_file.socket_folder.exists():
+                        raise SourceError(
+                            f"A PostgreSQL server runs in {home} whose socket folder {pid_file.socket_folder} is gone.",
+                            advice=f"Was the folder moved? Stop the server with: kill -INT {pid_file.pid}",
+                        )
+                    return make(port=pid_file.port, socket_folder=pid_file.socket_folder)
+                # PostgreSQL itself forgives a stale file only while no process of the same user has that number.
+                (data / "postmaster.pid").unlink()
+        else:
+            _initdb(data, account, make.keywords["_programs"], durable)
+        server = make(port=int(settings.get("port", 5432)), socket_folder=_socket_folder(home, account))
+        server._launch(data, settings if durable else {**_UNSAFE_SETTINGS, **settings}, timeout)
+        return server
+
+    def _launch(self, data: Path, settings: Mapping[str, str], timeout: float) -> None:
+        log = self.home / "log"
+        all_settings = {"listen_addresses": "", **settings, "unix_socket_directories": str(self.socket_folder)}
+        command: list[str | Path] = [self._programs / "postgres", "-D", data, "-p", str(self.port)]
+        for name, value in all_settings.items():
+            if name != "port":
+                command += ["-c", f"{name}={value}"]
+        log.touch(mode=0o600)
+        with log.open("a") as log_file:
+            log_begins = log_file.tell()
+            process = self._account.popen(
+                command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            deadline = time.monotonic() + timeout
+            while _PidFile.ready_process(data) != process.pid:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    ended = process.returncode is not None
+                    with log.open(errors="replace") as log_file:
+                        log_file.seek(log_begins)
+                        said = log_file.read().splitlines()
+                    raise SourceError(
+                        f"PostgreSQL {self.version} {'ended' if ended else f'did not answer within {timeout:g} s'}"
+                        f" when started in {self.home}.",
+                        tried=tuple(said[-8:]),
+                        advice=f"Its log is {log}.",
+                    )
+                time.sleep(0.01)
+        except BaseException:
+            process.send_signal(signal.SIGQUIT)
+            process.wait()
+            raise
+        self._process = process
+
+    def psql(self, script: str, database: str = "postgres") -> str:
+        """What the server's own `psql` prints for `script`: unaligned, without headers.
+
+        Raises:
+            SourceError: A statement failed; none after it was run.
+        """
+        answer = subprocess.run(
+            [self.bin_folder / "psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", self.database_url(database), "-f", "-"],
+            input=script,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            env={**ENVIRONMENT, "PGCLIENTENCODING": "UTF8"},
+            check=False,
+        )
+        if answer.returncode != 0:
+            raise SourceError(
+                f"psql failed on the database {database!r} of the server in {self.home}.",
+                tried=tuple(answer.stderr.splitlines()[-8:]),
+            )
+        return answer.stdout
+
+    def create_database(self, name: str) -> str:
+        """Create the empty database `name` and return its URL.
+
+        Raises:
+            SourceError: It cannot be created, for one because it exists.
+        """
+        self.psql(f"CREATE DATABASE {quote_identifier(name)}")
+        return self.database_url(name)
+
+    def has_database(self, name: str) -> bool:
+        """Whether there is a database `name`."""
+        return name in self.psql("SELECT datname FROM pg_database").splitlines()
+
+    def stop(self, *, immediately: bool = False, timeout: float = 60.0) -> None:
+        """Stop the server, ending its connections; a server that does not run is left as it is.
+
+        Args:
+            immediately: Do not write a checkpoint; the next start recovers.
+            timeout: Seconds to wait for its end.
+
+        Raises:
+            SourceError: It still runs after `timeout`.
+        """
+        data = self.home / "data"
+        pid_file = _PidFile.read(data)
+        if pid_file is not None and _serves(pid_file.pid, data):
+            mode = "immediate" if immediately else "fast"
+            status, output = self._account.run(
+                [self._programs / "pg_ctl", "stop", "-D", data, "-m", mode, "-w", "-t", f"{timeout:.0f}"]
+            )
+            if status != 0 and _serves(pid_file.pid, data):
+                raise SourceError(f"PostgreSQL in {self.home} does not stop.", tried=tuple(output.splitlines()[-8:]))
+        if self._process is not None:
+            self._process.wait()
+        if self.socket_folder.parent != self.home:
+            shutil.rmtree(self.socket_folder, ignore_errors=True)
+
+    def __enter__(self) -> EmbeddedPostgres:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @classmethod
+    @contextmanager
+    def temporary(
+        cls, parent: Path | None = None, *, major: int | None = None, settings: Mapping[str, str] | None = None
+    ) -> Iterator[EmbeddedPostgres]:
+        """A new server for the length of a `with` block, made for speed; afterwards it and its data are gone.
+
+        Args:
+            parent: The folder to make its own folder in; by default the system's temporary one.
+            major: As for `start`.
+            settings: As for `start`.
+
+        Raises:
+            SourceError: As for `start`.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="kanbu-postgres-", dir=parent))
+        try:
+            if os.geteuid() == 0:
+                folder.chmod(0o711)
+            server = cls.start(folder, major=major, durable=False, settings=settings)
+            try:
+                yield server
+            finally:
+                server.stop(immediately=True)
+                shutil.rmtree(server.home)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+_UNSAFE_SETTINGS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
+
+
+def quote_identifier(name: str) -> str:
+    """`name` as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _existing_home(folder: Path, account: _Account) -> Path | None:
+    """Where the server of `folder` lives: there, or where its link points to; None when that is yet to be chosen."""
+    if account.can_enter(folder):
+        return folder
+    link = folder / "home"
+    if not link.is_symlink():
+        return None
+    home = link.readlink()
+    # The link outlives what a cleaner of temporary folders removed; in a sticky folder only root makes root's.
+    if home.is_dir() and not home.is_symlink() and home.stat().st_uid == 0 and account.can_enter(home):
+        return home
+    link.unlink()
+    return None
+
+
+def _new_home(folder: Path, account: _Account) -> Path:
+    for parent in (Path("/var/tmp"), Path(tempfile.gettempdir())):
+        if account.can_enter(parent):
+            home = Path(tempfile.mkdtemp(prefix="kanbu-postgres-", dir=parent))
+            home.chmod(0o711)
+            (folder / "home").symlink_to(home)
+            return home
+    raise SourceError(
+        f"The user {account.name!r} can enter neither {folder} nor /var/tmp, so PostgreSQL has no place to run.",
+        advice="PostgreSQL refuses to run as root; run this as an ordinary user.",
+    )
+
+
+def _choose_binaries(data: Path | None, major: int | None) -> ServerBinaries:
+    if data is None or not data.exists():
+        return find_server_binaries(major)[0]
+    theirs = int((data / "PG_VERSION").read_text())
+    if major not in (None, theirs):
+        raise SourceError(f"The data in {data} are of PostgreSQL {theirs}, not {major}.")
+    return find_server_binaries(theirs)[0]
+
+
+def _programs_for(account: _Account, binaries: ServerBinaries, home: Path) -> Path:
+    """The folder of `binaries`, or of a copy in `home` where the server's user cannot run the original."""
+    if account.uid is None or account.run([binaries.bin_folder / "postgres", "-V"])[0] == 0:
+        return binaries.bin_folder
+    copy = home / f"postgresql-{binaries.version}"
+    programs = copy / binaries.bin_folder.relative_to(binaries.base)
+    if not copy.exists():
+        unfinished = copy.with_suffix(".new")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for tree in filter(Path.exists, binaries.trees):
+            shutil.copytree(
+                tree, unfinished / tree.relative_to(binaries.base), symlinks=True, ignore=_NOT_NEEDED_TO_RUN
+            )
+        unfinished.rename(copy)
+    status, output = account.run([programs / "postgres", "-V"])
+    if status != 0:
+        raise SourceError(
+            f"The user {account.name!r} cannot run {programs / 'postgres'}: {output.strip()}.",
+            advice="PostgreSQL refuses to run as root; run this as an ordinary user, or install PostgreSQL's server.",
+        )
+    return programs
+
+
+_NOT_NEEDED_TO_RUN = shutil.ignore_patterns("*.a", "include", "pkgconfig", "doc", "man")
+
+
+def _check_owner(data: Path, account: _Account) -> None:
+    owner = data.stat().st_uid
+    if owner != (os.geteuid() if account.uid is None else account.uid):
+        raise SourceError(
+            f"The server in {data} belongs to the user with id {owner}, and can run only as that user.",
+            advice="Run this as that user, or choose another folder.",
+        )
+
+
+def _initdb(data: Path, account: _Account, programs: Path, durable: bool) -> None:
+    unfinished = data.with_suffix(".new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    account.own(unfinished)
+    command: list[str | Path] = [programs / "initdb", "-D", unfinished, "-U", SUPERUSER]
+    command += ["--auth-local=trust", "--auth-host=scram-sha-256", "--encoding=UTF8"]
+    command += [f"--locale={'C' if sys.platform == 'darwin' else 'C.UTF-8'}"]
+    status, output = account.run(command if durable else [*command, "--no-sync"])
+    if status != 0:
+        raise SourceError(
+            f"initdb failed in {data.parent}.", tried=tuple(output.splitlines()[-8:]), advice="Is the disk full?"
+        )
+    # So that data/ is a whole cluster or does not exist.
+    unfinished.rename(data)
+
+
+def _socket_folder(home: Path, account: _Account) -> Path:
+    """A new folder that only the server's user can enter, with a path short enough for a Unix socket."""
+    folder = home / "run"
+    if len(os.fsencode(folder)) > _LONGEST_SOCKET_FOLDER:
+        folder = Path(tempfile.mkdtemp(prefix="kanbu-postgres-", dir="/tmp"))
+    if folder.exists():
+        # A server that was killed leaves its lock, which stops the next one once another process has its number.
+        shutil.rmtree(folder)
+    account.own(folder)
+    return folder

