@@ -79,8 +79,18 @@ class Catalog:
         return sorted(found, key=lambda backup: (backup.created_at, backup.filename))
 
     def newest(self, backup_type: BackupType) -> Backup | None:
-        """The youngest backup of a type."""
-        return max(self.backups(backup_type), key=lambda backup: backup.created_at, default=None)
+        """The youngest backup of a type, by its name; no other manifest is read.
+
+        Raises:
+            StorageError: The storage cannot be listed.
+        """
+        named = [(file, parse_name(file.name)) for file in self._storage.files()]
+        youngest = max(
+            ((file, name) for file, name in named if name is not None and name.type is backup_type),
+            key=lambda pair: pair[1].created_at,
+            default=None,
+        )
+        return self._read(*youngest) if youngest else None
 
     def get(self, filename: str) -> Backup:
         """The backup called `filename`.

@@ -1,0 +1,33 @@
+"""The front door: what Dagster loads.
+
+What belongs here: putting the parts together. What does not: logic, and I/O beyond loading configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dagster import Definitions, in_process_executor
+
+from kanbu_backup_dagster.orchestration.assets import ASSETS
+from kanbu_backup_dagster.orchestration.jobs import JOBS
+from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
+
+
+def build_definitions(*, resource_overrides: Mapping[str, Any] | None = None) -> Definitions:
+    """Fresh definitions.
+
+    Args:
+        resource_overrides: Resources in place of the usual ones, by name; for tests.
+    """
+    return Definitions(
+        assets=ASSETS,
+        jobs=JOBS,
+        resources={"environment": BackupEnvironment(), **(resource_overrides or {})},
+        # The stream flows within one op, so a process per op would only add its start: 1.5 seconds each.
+        executor=in_process_executor,
+    )
+
+
+defs = build_definitions()

@@ -1,0 +1,167 @@
+"""The ops of a backup: `dump`, `compress`, `checksum`, `encrypt`, `store`, `verify`, `prune`.
+
+What belongs here: the ops, each doing what can be done at its own step and handing on the recipe. What does not: the
+work, which the library rooms do. `store` alone moves bytes; see `backup.recipe` for why.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from dagster import Failure, MetadataValue, OpExecutionContext, op
+
+from kanbu_backup_dagster.backup.catalog import Backup
+from kanbu_backup_dagster.backup.keys import likely_mistake
+from kanbu_backup_dagster.backup.landing import Origin, Progress, expected_stored_bytes, make_backup
+from kanbu_backup_dagster.backup.manifest import Trigger, VerificationStatus
+from kanbu_backup_dagster.backup.names import BackupType
+from kanbu_backup_dagster.backup.recipe import Recipe
+from kanbu_backup_dagster.backup.verification import verify as verify_file
+from kanbu_backup_dagster.errors import StorageError
+from kanbu_backup_dagster.orchestration.assets import (
+    BACKUP_ASSETS,
+    backup_metadata,
+    database_observation,
+    materialization,
+)
+from kanbu_backup_dagster.orchestration.failures import explained
+from kanbu_backup_dagster.orchestration.known_storage import prepare_storage
+from kanbu_backup_dagster.orchestration.progress import reporter
+from kanbu_backup_dagster.orchestration.resources import BackupEnvironment, Environment
+from kanbu_backup_dagster.orchestration.tags import SCHEDULE_ID, SCHEDULE_NAME, TRIGGER
+from kanbu_backup_dagster.sources.postgres import prepare_dump
+
+
+@dataclass(frozen=True)
+class StoredBackup:
+    """What `store` hands on: the file's name and type."""
+
+    filename: str
+    type: BackupType
+
+
+def origin_of(context: OpExecutionContext) -> Origin:
+    """What started this run, by its tags."""
+    tags = context.run.tags
+    schedule_id = tags.get(SCHEDULE_ID)
+    return Origin(
+        trigger=Trigger(tags.get(TRIGGER, Trigger.MANUAL.value)),
+        schedule_id=int(schedule_id) if schedule_id else None,
+        schedule_name=tags.get(SCHEDULE_NAME),
+        run_id=context.run_id,
+    )
+
+
+@op(description="Chooses how to reach the database, connects, and describes its dump.")
+def dump(context: OpExecutionContext, environment: BackupEnvironment) -> Recipe:
+    with explained():
+        source, method = prepare_dump(environment.load().settings)
+    for reason in method.rejected:
+        context.log.warning(f"[Backup] Left: {reason}")
+    state = method.state
+    context.log.info(
+        f"[Backup] Database {state.name}, PostgreSQL {state.server_version}, {state.tables} tables, "
+        f"about {state.estimated_bytes / 1e6:,.0f} MB to dump; {method.access.description}"
+    )
+    context.add_output_metadata(
+        {
+            "mode": method.access.mode,
+            "server_version": state.server_version,
+            "pg_dump_version": method.access.client_version,
+            "tables": state.tables,
+            "estimated_bytes": state.estimated_bytes,
+        }
+    )
+    return Recipe(source)
+
+
+@op(description="Adds gzip at BACKUP_COMPRESSION_LEVEL.")
+def compress(context: OpExecutionContext, recipe: Recipe, environment: BackupEnvironment) -> Recipe:
+    with explained():
+        level = environment.load().settings.compression_level
+    context.log.info(f"[Backup] gzip (ISA-L), level {level}")
+    return recipe.with_compression(level)
+
+
+@op(description="Adds the SHA-256 of the compressed bytes, before encryption.")
+def checksum(recipe: Recipe) -> Recipe:
+    return recipe.with_checksum()
+
+
+@op(description="Adds AES-256-GCM when BACKUP_ENCRYPTION_KEY is set; a malformed key fails here.")
+def encrypt(context: OpExecutionContext, recipe: Recipe, environment: BackupEnvironment) -> Recipe:
+    with explained():
+        loaded = environment.load()
+    key = loaded.keys.current
+    if key is None:
+        context.log.warning("[Backup] BACKUP_ENCRYPTION_KEY is not set: this backup will NOT be encrypted.")
+        return recipe
+    mistake = likely_mistake(loaded.settings.secret("encryption_key") or "")
+    if mistake is not None:
+        context.log.warning(f"[Backup] {mistake}")
+    context.log.info(f"[Backup] AES-256-GCM, key {key.key_id}")
+    return recipe.with_encryption(key.key_id)
+
+
+@op(description="Pulls the bytes through all stages, once, into the storage; lands them atomically with the manifest.")
+def store(context: OpExecutionContext, recipe: Recipe, environment: BackupEnvironment) -> StoredBackup:
+    with explained():
+        loaded = environment.load()
+        needed = expected_stored_bytes(recipe, _last_backup(loaded, recipe.source.backup_type))
+        for leftover in prepare_storage(context.instance, loaded.storage, needed_bytes=needed):
+            context.log.warning(f"[Backup] Removed what a killed run left: {leftover}")
+        manifest = make_backup(
+            recipe,
+            settings=loaded.settings,
+            keys=loaded.keys,
+            storage=loaded.storage,
+            origin=origin_of(context),
+            on_progress=reporter(context, "storing"),
+        )
+    _, partition_set = BACKUP_ASSETS[manifest.type]
+    path = loaded.storage.path(manifest.filename)
+    context.instance.add_dynamic_partitions(partition_set, [manifest.filename])
+    if manifest.database is not None:
+        context.log_event(database_observation(manifest.database))
+    context.log_event(materialization(manifest, path))
+    context.add_output_metadata(backup_metadata(manifest, path))
+    context.log.info(f"[Backup] Stored {path}: {manifest.stored_bytes:,} bytes")
+    return StoredBackup(manifest.filename, manifest.type)
+
+
+def _last_backup(loaded: Environment, backup_type: BackupType) -> Backup | None:
+    try:
+        return loaded.catalog.newest(backup_type)
+    except StorageError:
+        # A folder that is missing is made when the storage is prepared, which also says what is wrong with any other.
+        return None
+
+
+@op(description="Reads the stored file back, decrypts it and compares both hashes; records the verdict.")
+def verify(context: OpExecutionContext, stored: StoredBackup, environment: BackupEnvironment) -> StoredBackup:
+    with explained():
+        loaded = environment.load()
+        backup = loaded.catalog.get(stored.filename)
+        begun, report = time.monotonic(), reporter(context, "verifying")
+        verdict = verify_file(
+            backup,
+            loaded.storage,
+            loaded.keys,
+            on_bytes=lambda count: report(Progress(count, backup.file.size, time.monotonic() - begun)),
+        )
+        loaded.catalog.amend(stored.filename, lambda manifest: manifest.model_copy(update={"verification": verdict}))
+    context.add_output_metadata({"verification": verdict.status.value, "seconds": round(time.monotonic() - begun, 3)})
+    if verdict.status is not VerificationStatus.VERIFIED:
+        raise Failure(
+            description=f"{verdict.detail} ({stored.filename})",
+            metadata={"verification": MetadataValue.text(verdict.status.value)},
+            allow_retries=False,
+        )
+    context.log.info(f"[Backup] Verified {stored.filename}")
+    return stored
+
+
+@op(description="Deletes what the retention policies let go.")
+def prune(context: OpExecutionContext, stored: StoredBackup) -> None:
+    context.log.info("[Backup] No retention policy applies to this run; nothing is deleted.")

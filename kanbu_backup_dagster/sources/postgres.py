@@ -1,0 +1,216 @@
+"""PostgreSQL as a source: finding a way in, looking at the database, and the dump.
+
+What belongs here: choosing the mode, what is asked of the server before a dump, and the dump itself. What does not: how
+a program is run (`commands`, `docker`) and how a dump is read (`backup.sql_dump`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kanbu_backup_dagster.backup.manifest import DatabaseFacts
+from kanbu_backup_dagster.backup.names import BackupType
+from kanbu_backup_dagster.backup.sql_dump import DumpScanner
+from kanbu_backup_dagster.errors import KanbuError, SourceError
+from kanbu_backup_dagster.settings import PgMode, Settings
+from kanbu_backup_dagster.sources.clients import choose_clients, find_clients, searched_folders
+from kanbu_backup_dagster.sources.commands import DirectAccess, ServerAccess, query
+from kanbu_backup_dagster.sources.connection import require_connection
+
+NO_METHOD = "No backup method available"
+
+# An empty database is about this large; it says nothing of a dump.
+_EMPTY_DATABASE_BYTES = 7_500_000
+
+# Catalogs only: nothing here waits for a lock on a table. Roles come from pg_shdepend, which does not record the
+# bootstrap superuser (oid 10), who owns everything in the official images.
+_DATABASE_SQL = f"""
+SELECT current_database() AS name,
+       current_setting('server_version') AS server_version,
+       pg_database_size(current_database()) AS size_bytes,
+       (SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE c.relkind IN ('r', 'p') AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema') AS tables,
+       (SELECT coalesce(sum(relpages::bigint), 0) * current_setting('block_size')::bigint
+          FROM pg_class WHERE relkind = 'i') AS index_bytes,
+       (SELECT coalesce(json_agg(rolname ORDER BY rolname), '[]') FROM pg_roles
+         WHERE rolname !~ '^pg_' AND (oid IN (
+           SELECT refobjid FROM pg_shdepend
+            WHERE refclassid = 'pg_authid'::regclass
+              AND dbid = (SELECT oid FROM pg_database WHERE datname = current_database()))
+           OR oid = 10 AND EXISTS (
+             SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+              WHERE c.relowner = 10 AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'))) AS roles,
+       (SELECT coalesce(json_object_agg(extname, extversion), '{{}}') FROM pg_extension
+         WHERE extname <> 'plpgsql') AS extensions,
+       greatest(pg_database_size(current_database()) - {_EMPTY_DATABASE_BYTES}, 0) AS content_bytes
+"""
+
+
+@dataclass(frozen=True)
+class DatabaseState:
+    """What the server said of the database just now. Sizes in bytes."""
+
+    name: str
+    server_version: str
+    size_bytes: int
+    tables: int
+    estimated_bytes: int
+    roles: tuple[str, ...]
+    extensions: tuple[tuple[str, str], ...]
+
+
+def inspect_database(access: ServerAccess, settings: Settings, *, database: str | None = None) -> DatabaseState:
+    """Ask the server about the database.
+
+    Raises:
+        SourceError: It cannot be asked.
+    """
+    row = query(access, settings, _DATABASE_SQL, database=database)[0]
+    return DatabaseState(
+        name=row["name"],
+        server_version=row["server_version"].split(" ")[0],
+        size_bytes=row["size_bytes"],
+        tables=row["tables"],
+        estimated_bytes=max(row["content_bytes"] - row["index_bytes"], 0),
+        roles=tuple(row["roles"]),
+        extensions=tuple(row["extensions"].items()),
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to the server that works.
+
+    Attributes:
+        access: How programs are run.
+        state: What the server said.
+        rejected: Why the ways tried before it were left.
+    """
+
+    access: ServerAccess
+    state: DatabaseState
+    rejected: tuple[str, ...] = ()
+
+
+def find_method(settings: Settings) -> Method:
+    """The way to the database that BACKUP_PG_MODE asks for; `auto` tries direct, then docker.
+
+    Raises:
+        KanbuError: That way, or with `auto` each, does not work; says why.
+    """
+    ways = {PgMode.DIRECT: (_direct,), PgMode.DOCKER: (), PgMode.AUTO: (_direct,)}[settings.pg_mode]
+    rejected: list[str] = []
+    for way in ways:
+        try:
+            access, state = way(settings)
+        except KanbuError as error:
+            if settings.pg_mode is not PgMode.AUTO:
+                raise
+            rejected.append(f"{way.__name__.strip('_')}: {error}")
+        else:
+            return Method(access, state, tuple(rejected))
+    raise SourceError(
+        f"{NO_METHOD}.",
+        tried=tuple(rejected),
+        advice="Set DATABASE_URL for direct mode, or POSTGRES_CONTAINER for docker mode.",
+    )
+
+
+def _direct(settings: Settings) -> tuple[ServerAccess, DatabaseState]:
+    connection = require_connection(settings)
+    available = find_clients()
+    if not available:
+        raise SourceError(
+            "No PostgreSQL client programs (pg_dump and psql) were found.",
+            tried=(f"looked in {', '.join(map(str, searched_folders()))}",),
+            advice="Install postgresql-client, or set BACKUP_PG_MODE=docker.",
+        )
+    # Any psql can ask the server for its version; which pg_dump is used depends on the answer.
+    newest = max(available, key=lambda clients: clients.major)
+    state = inspect_database(DirectAccess(str(newest.folder), newest.version, connection.server), settings)
+    chosen = choose_clients(available, state.server_version)
+    return DirectAccess(str(chosen.folder), chosen.version, connection.server), state
+
+
+@dataclass(frozen=True)
+class PostgresDump:
+    """A plain SQL dump of the database, as a recipe's source."""
+
+    access: ServerAccess
+    state: DatabaseState
+    lock_timeout_seconds: float
+
+    @property
+    def name(self) -> str:
+        return "dump"
+
+    @property
+    def backup_type(self) -> BackupType:
+        return BackupType.DATABASE
+
+    @property
+    def estimated_bytes(self) -> int:
+        return self.state.estimated_bytes
+
+    def open(self, settings: Settings) -> OpenDump:
+        return OpenDump(self, settings)
+
+
+class OpenDump:
+    """The dump, flowing."""
+
+    def __init__(self, dump: PostgresDump, settings: Settings) -> None:
+        self._dump = dump
+        self._settings = settings
+        self._rows: dict[str, int] | None = None
+
+    def chunks(self) -> Iterator[bytes]:
+        dump, scanner = self._dump, DumpScanner()
+        arguments = [
+            "--format=plain",
+            "--no-password",
+            f"--lock-wait-timeout={round(dump.lock_timeout_seconds * 1000)}",
+        ]
+        with dump.access.start(self._settings, "pg_dump", arguments) as process:
+            for chunk in process.chunks():
+                scanner.feed(chunk)
+                yield chunk
+            status = process.wait()
+            if status != 0:
+                raise self._failure(status, process.stderr)
+        self._rows = scanner.finish().rows
+
+    def _failure(self, status: int, stderr: str) -> SourceError:
+        if "lock timeout" in stderr:
+            return SourceError(
+                f"A table stayed locked by another session for {self._dump.lock_timeout_seconds:g} seconds: {stderr}",
+                advice="Run again when the migration or lock is gone, or raise BACKUP_LOCK_TIMEOUT_SECONDS.",
+            )
+        ended = f"was ended by signal {-status}" if status < 0 else f"failed with exit status {status}"
+        return SourceError(f"pg_dump {ended}: {stderr or 'it said nothing'}")
+
+    def findings(self) -> DatabaseFacts:
+        if self._rows is None:
+            raise RuntimeError("the dump has not been read to its end")
+        state = self._dump.state
+        return DatabaseFacts(
+            name=state.name,
+            server_version=state.server_version,
+            pg_dump_version=self._dump.access.client_version,
+            mode=self._dump.access.mode,
+            size_bytes=state.size_bytes,
+            roles=state.roles,
+            extensions=dict(state.extensions),
+            rows=self._rows,
+        )
+
+
+def prepare_dump(settings: Settings) -> tuple[PostgresDump, Method]:
+    """Find the way to the database and describe its dump.
+
+    Raises:
+        SettingsError, SourceError: There is no way.
+    """
+    method = find_method(settings)
+    return PostgresDump(method.access, method.state, settings.lock_timeout_seconds), method
