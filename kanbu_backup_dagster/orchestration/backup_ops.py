@@ -4,7 +4,7 @@ What belongs here: the ops, each doing what can be done at its own step and hand
 work, which the library rooms do. `store` alone moves bytes; see `backup.recipe` for why.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Dagster reads the annotations of ops as objects.
 
 import time
 from dataclasses import dataclass

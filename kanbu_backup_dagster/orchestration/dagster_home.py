@@ -97,7 +97,7 @@ def open_instance() -> DagsterInstance:
     return DagsterInstance.get()
 
 
-class HomeStorage(ConfigurableClass):
+class HomeStorage(DagsterStorage, ConfigurableClass):
     """Runs, events and schedules: SQLite in Dagster's home. Named in `dagster.yaml`."""
 
     @classmethod
@@ -113,7 +113,7 @@ class HomeStorage(ConfigurableClass):
             return DagsterSqliteStorage.from_local(str(home), inst_data=inst_data)
 
 
-class HomeArtifactStorage(ConfigurableClass):
+class HomeArtifactStorage(LocalArtifactStorage):
     """What ops hand to one another (recipes): in Dagster's home. Named in `dagster.yaml`."""
 
     @classmethod
@@ -127,7 +127,7 @@ class HomeArtifactStorage(ConfigurableClass):
         return LocalArtifactStorage(str(dagster_home()), inst_data=inst_data)
 
 
-class HomeComputeLogs(ConfigurableClass):
+class HomeComputeLogs(LocalComputeLogManager):
     """What runs print: in Dagster's home. Named in `dagster.yaml`."""
 
     @classmethod
