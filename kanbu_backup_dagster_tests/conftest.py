@@ -104,7 +104,7 @@ def newest_postgres(_postgres_servers: PostgresServers) -> Iterator[PostgresForT
     yield from _postgres(_postgres_servers, _MAJORS[-1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def node() -> str:
     """The path of Node.js."""
     path = shutil.which("node") or shutil.which("nodejs")
