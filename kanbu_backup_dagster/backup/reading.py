@@ -1,0 +1,64 @@
+"""Reading a backup's content back: what `decrypt` and a restore get.
+
+What belongs here: handing content on only when it was proven first. What does not: the verdict that is recorded
+(`verification`), and what content means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+from kanbu_backup_dagster.backup.catalog import Backup
+from kanbu_backup_dagster.backup.keys import Keyring
+from kanbu_backup_dagster.backup.stages import decrypt_unverified
+from kanbu_backup_dagster.errors import CorruptBackupError
+from kanbu_backup_dagster.storage.protocol import Storage
+
+
+def prove(
+    backup: Backup, storage: Storage, keys: Keyring, *, on_bytes: Callable[[int], None] = lambda count: None
+) -> None:
+    """The first pass: read all of the file, and hand nothing on.
+
+    Args:
+        on_bytes: Told how many content bytes were read so far.
+
+    Raises:
+        EncryptionKeyError: The file is encrypted and its key is not set.
+        CorruptBackupError: "Checksum mismatch": it is not what was written.
+    """
+    deque(_counted(content(backup, storage, keys), on_bytes), maxlen=0)
+
+
+def content(backup: Backup, storage: Storage, keys: Keyring) -> Iterator[bytes]:
+    """The backup's content (still compressed, if it is), *unproven until it ends*: call `prove` first, and throw away
+    what was made of it when this raises.
+
+    Raises:
+        EncryptionKeyError: The file is encrypted and its key is not set.
+        CorruptBackupError: At the end: what was read is not what was written.
+    """
+    manifest = backup.manifest
+    if manifest is None and backup.problem is not None:
+        raise CorruptBackupError(backup.problem)
+    key = keys.reading(manifest.key_id if manifest else None) if backup.name.encrypted else None
+    content_hash = hashlib.sha256()
+    with closing(storage.read(backup.filename)) as stored:  # type: ignore[type-var]  # a generator can be closed
+        for chunk in decrypt_unverified(stored, key) if key else stored:
+            content_hash.update(chunk)
+            yield chunk
+    if manifest is not None and content_hash.hexdigest() != manifest.sha256:
+        raise CorruptBackupError(
+            f"Checksum mismatch: {backup.filename} is not what was dumped.", advice="Try a different backup."
+        )
+
+
+def _counted(chunks: Iterator[bytes], on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+    total = 0
+    for chunk in chunks:
+        total += len(chunk)
+        on_bytes(total)
+        yield chunk

@@ -1,0 +1,141 @@
+"""`kanbu-backup backup`, `verify`, `decrypt`, `storage mark`: making backups and working on their files."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from kanbu_backup_dagster.backup.manifest import VerificationStatus
+from kanbu_backup_dagster.backup.reading import content, prove
+from kanbu_backup_dagster.backup.verification import verify as verify_file
+from kanbu_backup_dagster.cli.arguments import open_backup
+from kanbu_backup_dagster.cli.bars import byte_bar
+from kanbu_backup_dagster.cli.main import EXIT_FAILED, cli
+from kanbu_backup_dagster.errors import KanbuError
+from kanbu_backup_dagster.orchestration.resources import load_environment
+from kanbu_backup_dagster.orchestration.run_here import run_job
+
+
+@cli.group()
+def backup() -> None:
+    """Make a backup now, by running its Dagster job in this process."""
+
+
+@backup.command("database")
+@click.option("--json", "as_json", is_flag=True, help="Print the new backup's manifest as JSON.")
+@click.option("--verbose", is_flag=True, help="Show the run's log.")
+def backup_database(as_json: bool, verbose: bool) -> None:
+    """Back the database up, verified."""
+    _run_backup("database_backup", as_json=as_json, verbose=verbose)
+
+
+def _run_backup(job: str, *, as_json: bool, verbose: bool) -> None:
+    environment = load_environment()
+    with byte_bar("Backing up", silent=as_json or verbose) as bar:
+        outcome = run_job(job, verbose=verbose, on_progress=bar)
+    if not outcome.success:
+        raise KanbuError("\n".join(outcome.errors) or "The run was interrupted.", advice=f"Run {outcome.run_id}.")
+    stored = environment.catalog.get(outcome.outputs["store"].filename)
+    assert stored.manifest is not None
+    if as_json:
+        click.echo(stored.manifest.model_dump_json(indent=2))
+    else:
+        manifest = stored.manifest
+        click.echo(
+            f"{environment.storage.path(stored.filename)}: {manifest.raw_bytes / 1e6:,.1f} MB in "
+            f"{manifest.stored_bytes / 1e6:,.1f} MB, {manifest.verification.status.value}, "
+            f"{'encrypted' if manifest.encrypted else 'NOT encrypted'}, {manifest.duration_seconds:.1f} s"
+        )
+
+
+@cli.command()
+@click.argument("file")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
+def verify(file: str, as_json: bool) -> None:
+    """Read the backup FILE back, compare it with its checksum, and record the verdict."""
+    found = open_backup(file)
+    with byte_bar("Verifying", total=found.backup.file.size, silent=as_json) as bar:
+        verdict = verify_file(found.backup, found.storage, found.keys, on_bytes=bar.to)
+    if found.backup.manifest is not None:
+        found.catalog.amend(
+            found.backup.filename, lambda manifest: manifest.model_copy(update={"verification": verdict})
+        )
+    if as_json:
+        click.echo(json.dumps({"filename": found.backup.filename, **verdict.model_dump(mode="json")}, indent=2))
+    else:
+        click.echo(f"{found.backup.filename}: {verdict.status.value}{f': {verdict.detail}' if verdict.detail else ''}")
+    if verdict.status is VerificationStatus.FAILED:
+        sys.exit(EXIT_FAILED)
+
+
+@cli.command()
+@click.argument("file")
+@click.option(
+    "-o", "--output", default=None, help="Where to write; `-` is standard output. [default: FILE without .enc]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def decrypt(file: str, output: str | None, as_json: bool) -> None:
+    """Decrypt the backup FILE, after its integrity was checked; the content stays compressed."""
+    found = open_backup(file)
+    if not found.backup.name.encrypted:
+        raise KanbuError(f"{found.backup.filename} is not encrypted.", advice="`gunzip` reads it as it is.")
+    if as_json and output == "-":
+        raise click.UsageError("--json and -o - would both write to standard output.")
+    with byte_bar("Checking", total=found.backup.file.size, silent=as_json or output == "-") as bar:
+        prove(found.backup, found.storage, found.keys, on_bytes=bar.to)
+    chunks = content(found.backup, found.storage, found.keys)
+    if output == "-":
+        for chunk in chunks:
+            sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+        return
+    target = Path(output or found.backup.filename.removesuffix(".enc"))
+    written = 0
+    with _new_file(target) as handle:
+        for chunk in chunks:
+            written += os.write(handle, chunk)
+    if as_json:
+        click.echo(json.dumps({"filename": found.backup.filename, "output": str(target), "bytes": written}, indent=2))
+    else:
+        click.echo(f"{target}: {written:,} bytes")
+
+
+@contextmanager
+def _new_file(target: Path) -> Iterator[int]:
+    """A file that appears under its name only when it is whole, and replaces none."""
+    part = target.with_name(target.name + ".part")
+    if target.exists():
+        raise KanbuError(f"{target} exists already.", advice="Choose another name with -o.")
+    try:
+        handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except OSError as error:
+        raise KanbuError(f"{part} cannot be written: {error.strerror}.") from None
+    try:
+        try:
+            yield handle
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.link(part, target)
+    except FileExistsError:
+        raise KanbuError(f"{target} exists already.", advice="Choose another name with -o.") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@cli.group("storage")
+def storage_group() -> None:
+    """The place backups are kept in."""
+
+
+@storage_group.command("mark")
+def storage_mark() -> None:
+    """Declare the configured folder a storage, although it bears no mark (a new, empty disk in place of the old)."""
+    storage = load_environment().storage
+    click.echo(f"{storage.location} is a storage: {storage.prepare()}")

@@ -1,0 +1,205 @@
+"""`kanbu-backup list`, `show`, `status`: looking, never changing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from kanbu_backup_dagster.backup.catalog import Backup
+from kanbu_backup_dagster.backup.keys import likely_mistake
+from kanbu_backup_dagster.backup.manifest import VerificationStatus
+from kanbu_backup_dagster.backup.names import BackupType
+from kanbu_backup_dagster.cli.arguments import open_backup
+from kanbu_backup_dagster.cli.main import cli
+from kanbu_backup_dagster.errors import KanbuError
+from kanbu_backup_dagster.orchestration.dagster_home import dagster_home
+from kanbu_backup_dagster.orchestration.resources import Environment, load_environment
+from kanbu_backup_dagster.settings import is_secret, value_origins, variable_names
+from kanbu_backup_dagster.sources.postgres import find_method
+
+_STATUS_STYLE = {
+    VerificationStatus.VERIFIED: "green",
+    VerificationStatus.PENDING: "yellow",
+    VerificationStatus.FAILED: "bold red",
+    VerificationStatus.NO_CHECKSUM: "dim",
+}
+
+
+@cli.command("list")
+@click.option(
+    "--type", "backup_type", type=click.Choice([kind.value for kind in BackupType]), help="Only of this type."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_backups(backup_type: str | None, as_json: bool) -> None:
+    """List the backups in the storage, oldest first."""
+    environment = load_environment()
+    backups = environment.catalog.backups(BackupType(backup_type) if backup_type else None)
+    if as_json:
+        click.echo(json.dumps([_summary(backup) for backup in backups], indent=2, ensure_ascii=False))
+        return
+    if not backups:
+        click.echo(f"No backups in {environment.storage.location}.")
+        return
+    table = Table("File", "Age", "Size", "Rows", "Encrypted with", "Status", box=None, header_style="bold")
+    for backup in backups:
+        manifest = backup.manifest
+        rows = f"{sum(manifest.database.rows.values()):,}" if manifest and manifest.database else ""
+        key = (manifest.key_id if manifest else "unknown key") if backup.name.encrypted else "not encrypted"
+        style = _STATUS_STYLE[backup.status]
+        table.add_row(
+            backup.filename,
+            _age(backup.created_at),
+            f"{backup.file.size:,}",
+            rows,
+            key,
+            f"[{style}]{backup.status.value}[/]",
+        )
+    _print_wide(table)
+
+
+def _print_wide(table: Table) -> None:
+    # A name cut short by a narrow terminal, or by a pipe's 80 columns, cannot be copied.
+    console = Console()
+    console.width = max(console.width, 160)
+    console.print(table)
+
+
+def _summary(backup: Backup) -> dict[str, Any]:
+    manifest = backup.manifest
+    return {
+        "filename": backup.filename,
+        "type": backup.type.value,
+        "created_at": backup.created_at.isoformat(),
+        "size_bytes": backup.file.size,
+        "encrypted": backup.name.encrypted,
+        "key_id": manifest.key_id if manifest else None,
+        "status": backup.status.value,
+        "problem": backup.problem,
+    }
+
+
+def _age(moment: datetime) -> str:
+    seconds = (datetime.now(timezone.utc) - moment).total_seconds()
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if abs(seconds) >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+@cli.command()
+@click.argument("file")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def show(file: str, as_json: bool) -> None:
+    """Tell everything that is known of the backup FILE."""
+    found = open_backup(file)
+    manifest = found.backup.manifest
+    known = manifest.model_dump(mode="json") if manifest else {}
+    facts = {**_summary(found.backup), "path": found.storage.path(found.backup.filename), **known}
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    table = Table(box=None, show_header=False)
+    for name, value in facts.items():
+        if value not in (None, "", [], {}):
+            table.add_row(f"[bold]{name}[/]", _shown(value))
+    Console(soft_wrap=True).print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "\n".join(f"{name}: {_shown(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return "\n".join(
+            ", ".join(map(str, item.values())) if isinstance(item, Mapping) else str(item) for item in value
+        )
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(as_json: bool) -> None:
+    """Tell what is set up, what works, and what is in the storage."""
+    environment = load_environment()
+    facts = {
+        "storage": _storage_status(environment),
+        "database": _database_status(environment),
+        "encryption": _encryption_status(environment),
+        "backups": _counts(environment),
+        "dagster_home": str(dagster_home()),
+        "settings": _settings(environment),
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    table = Table(box=None, show_header=False)
+    for name, value in facts.items():
+        table.add_row(f"[bold]{name.replace('_', ' ')}[/]", _shown(value))
+    Console(soft_wrap=True).print(table)
+
+
+def _storage_status(environment: Environment) -> dict[str, Any]:
+    storage = environment.storage
+    facts: dict[str, Any] = {"kind": environment.settings.storage.value, "location": storage.location}
+    try:
+        facts |= {"accessible": True, "files": len(storage.files()), "free_bytes": storage.free_bytes()}
+    except KanbuError as error:
+        facts |= {"accessible": False, "problem": str(error)}
+    return facts
+
+
+def _database_status(environment: Environment) -> dict[str, Any]:
+    facts: dict[str, Any] = {"mode_setting": environment.settings.pg_mode.value}
+    try:
+        method = find_method(environment.settings)
+    except KanbuError as error:
+        return {**facts, "mode": None, "problem": str(error)}
+    state = method.state
+    return {
+        **facts,
+        "mode": method.access.mode,
+        "how": method.access.description,
+        "left": list(method.rejected),
+        "name": state.name,
+        "server_version": state.server_version,
+        "size_bytes": state.size_bytes,
+        "tables": state.tables,
+    }
+
+
+def _encryption_status(environment: Environment) -> dict[str, Any]:
+    key = environment.keys.current
+    if key is None:
+        return {"on": False, "warning": "BACKUP_ENCRYPTION_KEY is not set: backups are not encrypted."}
+    mistake = likely_mistake(environment.settings.secret("encryption_key") or "")
+    return {"on": True, "key_id": key.key_id, **({"warning": mistake} if mistake else {})}
+
+
+def _counts(environment: Environment) -> dict[str, Any]:
+    try:
+        backups = environment.catalog.backups()
+    except KanbuError:
+        return {}
+    counts: dict[str, Any] = {"total": len(backups)}
+    counts |= {status.value: 0 for status in VerificationStatus}
+    counts |= Counter(backup.status.value for backup in backups)
+    counts["by_type"] = dict(Counter(backup.type.value for backup in backups))
+    return counts
+
+
+def _settings(environment: Environment) -> dict[str, str]:
+    """Every variable that is set, its value unless it is a secret, and where it was set."""
+    origins = value_origins()
+    shown = {}
+    for field, variable in variable_names().items():
+        if variable in origins:
+            value = getattr(environment.settings, field)
+            plain = "(secret)" if is_secret(field) else getattr(value, "value", value)
+            shown[variable] = f"{plain}  [{origins[variable]}]"
+    return shown
