@@ -113,7 +113,7 @@ class Catalog:
         if content is None:
             return Backup(file, name)
         try:
-            return Backup(file, name, parse_manifest(file.name, content, self._keys.seal_keys))
+            return Backup(file, name, parse_manifest(file.name, content, self._keys))
         except CorruptBackupError as error:
             return Backup(file, name, problem=str(error))
 
@@ -133,4 +133,4 @@ class Catalog:
 
     def sealed(self, manifest: Manifest) -> bytes:
         """The manifest's JSON, sealed under the current key where one is set."""
-        return manifest.to_json(self._keys.current.seal_key if self._keys.current else None)
+        return manifest.to_json(self._keys.current)

@@ -94,11 +94,6 @@ class Keyring:
         """Every key, the current one first."""
         return ((self.current,) if self.current else ()) + self.previous
 
-    @property
-    def seal_keys(self) -> tuple[bytes, ...]:
-        """What a manifest may be sealed with."""
-        return tuple(key.seal_key for key in self.all)
-
     def reading(self, key_id: str | None) -> EncryptionKey:
         """The key to read a file with; `key_id` is None where the file does not say (no manifest).
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Sequence
 from datetime import datetime
 from enum import Enum
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from kanbu_backup_dagster.backup.keys import EncryptionKey, Keyring
 from kanbu_backup_dagster.backup.names import MANIFEST_SUFFIX, BackupType, require_name
 from kanbu_backup_dagster.errors import CorruptBackupError
 from kanbu_backup_dagster.schedule_file import RetentionPolicy
@@ -147,7 +147,7 @@ class Manifest(_Part):
         retention: The policy of the schedule that made it.
         held: Pinned against every retention rule.
         proven_at: When a drill last restored it.
-        seal: HMAC-SHA256 over everything else; None when there was no key.
+        seal: Id of the key and HMAC-SHA256 over everything else under its seal key, as `id:hex`; None without a key.
     """
 
     format_version: int = FORMAT_VERSION
@@ -175,26 +175,27 @@ class Manifest(_Part):
     proven_at: Moment | None = None
     seal: str | None = None
 
-    def to_json(self, seal_key: bytes | None) -> bytes:
-        """The manifest as JSON for people and programs, sealed under `seal_key` where there is one."""
+    def to_json(self, key: EncryptionKey | None) -> bytes:
+        """The manifest as JSON for people and programs, sealed with `key` where there is one."""
         fields = self.model_dump(mode="json", exclude={"seal"})
-        fields["seal"] = _seal(fields, seal_key) if seal_key else None
+        fields["seal"] = _seal(fields, key) if key else None
         return (json.dumps(fields, ensure_ascii=False, indent=2) + "\n").encode()
 
 
-def _seal(fields: dict[str, Any], seal_key: bytes) -> str:
+def _seal(fields: dict[str, Any], key: EncryptionKey) -> str:
     unsealed = {name: value for name, value in fields.items() if name != "seal"}
     canonical = json.dumps(unsealed, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
-    return hmac.new(seal_key, canonical.encode(), hashlib.sha256).hexdigest()
+    return f"{key.key_id}:{hmac.new(key.seal_key, canonical.encode(), hashlib.sha256).hexdigest()}"
 
 
-def parse_manifest(filename: str, content: bytes, seal_keys: Sequence[bytes] = ()) -> Manifest:
+def parse_manifest(filename: str, content: bytes, keys: Keyring) -> Manifest:
     """Read `content`, found beside the file `filename`.
 
     Args:
         filename: The backup file's name; the manifest must be about it.
         content: The manifest file's bytes.
-        seal_keys: The keys a seal may have been made with. Without any a seal is not judged.
+        keys: The keys a seal may have been made with. A seal of another key is not judged: the file it is about
+            cannot be read without that key either.
 
     Raises:
         CorruptBackupError: Not a manifest, another file's, or edited since it was sealed.
@@ -221,13 +222,18 @@ def parse_manifest(filename: str, content: bytes, seal_keys: Sequence[bytes] = (
     name = require_name(filename)
     if (name.type, name.encrypted) != (manifest.type, manifest.encrypted):
         raise CorruptBackupError(f"The manifest {where} contradicts the file's name.")
-    if seal_keys and (manifest.seal is not None or manifest.encrypted):
-        # A backup made while no key was set has an honest manifest without a seal; an encrypted one never has.
-        if manifest.seal is None:
-            raise CorruptBackupError(f"The manifest {where} has lost its seal: it was edited.")
-        if not any(hmac.compare_digest(_seal(fields, key), manifest.seal) for key in seal_keys):
-            raise CorruptBackupError(
-                f"The manifest {where} does not match its seal: it was edited, or sealed with a key that is not set.",
-                advice="Compare the key id with that of BACKUP_ENCRYPTION_KEY (`kanbu-backup show`).",
-            )
+    if keys.all:
+        _judge_seal(where, manifest, fields, keys)
     return manifest
+
+
+def _judge_seal(where: str, manifest: Manifest, fields: dict[str, Any], keys: Keyring) -> None:
+    if manifest.seal is None:
+        # A backup made while no key was set has an honest manifest without a seal; an encrypted one never has.
+        if manifest.encrypted:
+            raise CorruptBackupError(f"The manifest {where} has lost its seal: it was edited.")
+        return
+    sealed_by = manifest.seal.partition(":")[0]
+    for key in keys.all:
+        if key.key_id == sealed_by and not hmac.compare_digest(_seal(fields, key), manifest.seal):
+            raise CorruptBackupError(f"The manifest {where} does not match its seal: it was edited.")

@@ -40,8 +40,8 @@ def _run_backup(job: str, *, as_json: bool, verbose: bool) -> None:
     with byte_bar("Backing up", silent=as_json or verbose) as bar:
         outcome = run_job(job, verbose=verbose, on_progress=bar)
     if not outcome.success:
-        raise KanbuError("\n".join(outcome.errors) or "The run was interrupted.", advice=f"Run {outcome.run_id}.")
-    stored = environment.catalog.get(outcome.outputs["store"].filename)
+        raise outcome.error
+    stored = environment.catalog.get(outcome.materialized[0])
     assert stored.manifest is not None
     if as_json:
         click.echo(stored.manifest.model_dump_json(indent=2))

@@ -11,6 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.keys import likely_mistake
@@ -105,16 +106,26 @@ def show(file: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
+    _print_facts(facts)
+
+
+def _print_facts(facts: Mapping[str, Any]) -> None:
     table = Table(box=None, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in facts.items():
-        if value not in (None, "", [], {}):
-            table.add_row(f"[bold]{name}[/]", _shown(value))
-    Console(soft_wrap=True).print(table)
+        if not _is_empty(value):
+            table.add_row(name.replace("_", " "), Text(_shown(value)))
+    Console().print(table)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value in ("", [], {})
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "\n".join(f"{name}: {_shown(inner)}" for name, inner in value.items())
+        return "\n".join(f"{name}: {_shown(inner)}" for name, inner in value.items() if not _is_empty(inner))
     if isinstance(value, list):
         return "\n".join(
             ", ".join(map(str, item.values())) if isinstance(item, Mapping) else str(item) for item in value
@@ -138,10 +149,7 @@ def status(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    table = Table(box=None, show_header=False)
-    for name, value in facts.items():
-        table.add_row(f"[bold]{name.replace('_', ' ')}[/]", _shown(value))
-    Console(soft_wrap=True).print(table)
+    _print_facts(facts)
 
 
 def _storage_status(environment: Environment) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from dagster import Failure
 
 from kanbu_backup_dagster.errors import KanbuError
 
+# The metadata entry of a failed step that names the kind of `KanbuError` it was.
+ERROR_KIND = "error"
+
 
 @contextmanager
 def explained() -> Iterator[None]:
@@ -21,4 +24,6 @@ def explained() -> Iterator[None]:
         yield
     except KanbuError as error:
         # `from None`: the message says all a user needs, and causes may quote what must not be shown.
-        raise Failure(description=str(error), allow_retries=False) from None
+        raise Failure(
+            description=str(error), metadata={ERROR_KIND: type(error).__name__}, allow_retries=False
+        ) from None

@@ -11,11 +11,15 @@ from typing import Any
 
 from dagster import DagsterEventType, execute_job
 from dagster._core.definitions.reconstruct import ReconstructableRepository
+from dagster._core.execution.plan.objects import StepFailureData
 from dagster._utils.interrupts import capture_interrupts
 
+from kanbu_backup_dagster import errors
 from kanbu_backup_dagster.backup.landing import Progress
+from kanbu_backup_dagster.errors import KanbuError
 from kanbu_backup_dagster.orchestration import progress
 from kanbu_backup_dagster.orchestration.dagster_home import open_instance
+from kanbu_backup_dagster.orchestration.failures import ERROR_KIND
 
 _DEFINITIONS = ("kanbu_backup_dagster.definitions", "defs")
 
@@ -25,14 +29,19 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        outputs: What its ops handed on, by op name.
+        materialized: The asset partitions it made, in order: names of backup files.
         errors: What the failed steps said, for the user.
     """
 
     run_id: str
     success: bool
-    outputs: Mapping[str, Any]
-    errors: tuple[str, ...]
+    materialized: tuple[str, ...]
+    errors: tuple[KanbuError, ...]
+
+    @property
+    def error(self) -> KanbuError:
+        """The first error, for a run that did not succeed."""
+        return self.errors[0] if self.errors else KanbuError(f"The run {self.run_id} was interrupted.")
 
 
 def run_job(
@@ -60,24 +69,24 @@ def run_job(
             with execute_job(
                 job, instance=instance, run_config=config, tags=dict(tags or {}), raise_on_error=False
             ) as result:
-                done = {
-                    event.step_key for event in result.all_events if event.event_type is DagsterEventType.STEP_SUCCESS
-                }
-                outputs = {
-                    str(step): result.output_for_node(str(step))
-                    for step in done
-                    if result.success and result.job_def.graph.node_named(str(step)).definition.output_dict
-                }
-                errors = tuple(
-                    _message(event.step_failure_data)
+                materialized = tuple(
+                    str(event.partition)
+                    for event in result.all_events
+                    if event.event_type is DagsterEventType.ASSET_MATERIALIZATION and event.partition is not None
+                )
+                failed = tuple(
+                    _error(event.step_failure_data)
                     for event in result.all_events
                     if event.event_type is DagsterEventType.STEP_FAILURE
                 )
-                return Outcome(result.run_id, result.success, outputs, errors)
+                return Outcome(result.run_id, result.success, materialized, failed)
     finally:
         progress.listener.reset(token)
 
 
-def _message(failure: Any) -> str:
-    described = failure.user_failure_data.description if failure.user_failure_data else None
-    return str(described or (failure.error.to_string() if failure.error else "the step failed"))
+def _error(failure: StepFailureData) -> KanbuError:
+    told = failure.user_failure_data
+    if told is None or told.description is None:
+        return KanbuError(failure.error.to_string() if failure.error else "The step failed.")
+    kind = told.metadata.get(ERROR_KIND)
+    return getattr(errors, str(kind.value), KanbuError)(told.description) if kind else KanbuError(told.description)
