@@ -75,19 +75,15 @@ class PostgresForTest:
         self.password = password
         self._databases: list[str] = []
 
-    def database(self, script: str | Path | None = None) -> str:
+    def database(self, script: str | Path = "") -> str:
         """The URL of a fresh database, holding what `script` (SQL, or a path to it) makes."""
         name = self._new_name()
-        url = self.server.create_database(name)
-        if script is not None:
-            self.server.psql(script.read_text("utf-8") if isinstance(script, Path) else script, name)
-        return url
+        return self.server.create_database(name, script.read_text("utf-8") if isinstance(script, Path) else script)
 
     def sample_database(self) -> str:
         """The URL of a fresh database that holds the demo's sample project board; quicker than loading it anew."""
         if not self.server.has_database(_SAMPLE_TEMPLATE):
-            self.server.create_database(_SAMPLE_TEMPLATE)
-            self.server.psql(SAMPLE_SCRIPT.read_text("utf-8"), _SAMPLE_TEMPLATE)
+            self.server.create_database(_SAMPLE_TEMPLATE, SAMPLE_SCRIPT.read_text("utf-8"))
         name = self._new_name()
         self.server.psql(f"CREATE DATABASE {name} TEMPLATE {_SAMPLE_TEMPLATE}")
         return self.server.database_url(name)

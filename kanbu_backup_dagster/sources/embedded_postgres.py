@@ -323,13 +323,24 @@ class EmbeddedPostgres:
             )
         return answer.stdout
 
-    def create_database(self, name: str) -> str:
-        """Create the empty database `name` and return its URL.
+    def create_database(self, name: str, script: str = "") -> str:
+        """Create the database `name`, holding what `script` (SQL) makes, and return its URL.
+
+        However this ends, the database is whole or does not exist.
 
         Raises:
-            SourceError: It cannot be created, for one because it exists.
+            SourceError: It exists already, or a statement failed.
         """
-        self.psql(f"CREATE DATABASE {quote_identifier(name)}")
+        if not script:
+            self.psql(f"CREATE DATABASE {quote_identifier(name)}")
+            return self.database_url(name)
+        unfinished = f"{name} (loading)"
+        self.psql(
+            f"DROP DATABASE IF EXISTS {quote_identifier(unfinished)} WITH (FORCE);\n"
+            f"CREATE DATABASE {quote_identifier(unfinished)};"
+        )
+        self.psql(script, unfinished)
+        self.psql(f"ALTER DATABASE {quote_identifier(unfinished)} RENAME TO {quote_identifier(name)}")
         return self.database_url(name)
 
     def has_database(self, name: str) -> bool:
