@@ -41,9 +41,9 @@ class Backoff(BaseModel):
         """Whether to try again. A clock that was set back since the last attempt does not lengthen the wait."""
         return now >= self.next_attempt_at or now < self.last_failed_at
 
-    def is_hopeless(self, now: datetime) -> bool:
-        """Whether to give up, visibly: three days and at least twenty attempts have failed."""
-        return self.attempts >= LEAST_ATTEMPTS and now - self.first_failed_at >= GIVE_UP_AFTER
+    def is_hopeless(self, now: datetime, give_up_after: timedelta = GIVE_UP_AFTER) -> bool:
+        """Whether to give up, visibly: so long a time, and at least twenty attempts, have failed."""
+        return self.attempts >= LEAST_ATTEMPTS and now - self.first_failed_at >= give_up_after
 
 
 def after_failure(before: Backoff | None, now: datetime, retry_after_seconds: float | None = None) -> Backoff:

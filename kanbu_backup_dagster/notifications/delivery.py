@@ -156,8 +156,9 @@ def _attempt(what: str, exchange: _Exchange) -> Receipt:
     try:
         outcome = exchange.outcome.get(timeout=exchange.limits.total)
     except queue.Empty:
-        exchange.end()
+        # Judged before the connection is shut: an answer cut off in its head looks complete to http.client.
         outcome = exchange.head or f"no complete answer within {exchange.limits.total:g} seconds"
+        exchange.end()
     if isinstance(outcome, str):
         raise DeliveryError(f"{what}: {origin}: {outcome}.")
     if 200 <= outcome.status < 300:

@@ -6,7 +6,6 @@ What belongs here: judging a URL when settings are read, and choosing the form o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import requests
@@ -15,19 +14,12 @@ from kanbu_backup_dagster.errors import SettingsError
 from kanbu_backup_dagster.notifications.chat import discord_message, slack_message
 from kanbu_backup_dagster.notifications.events import Event
 from kanbu_backup_dagster.notifications.javascript_json import stringify
+from kanbu_backup_dagster.schedule_file import WebhookFormat
 
 _SLACK_HOSTS = {"hooks.slack.com", "hooks.slack-gov.com"}
 _DISCORD_HOSTS = {"discord.com", "discordapp.com"} | {
     f"{channel}.{host}" for channel in ("ptb", "canary") for host in ("discord.com", "discordapp.com")
 }
-
-
-class WebhookFormat(str, Enum):
-    """The form of a webhook's body: ours, or that of a chat service."""
-
-    KANBU = "kanbu"
-    SLACK = "slack"
-    DISCORD = "discord"
 
 
 class SecretUrl:
@@ -121,6 +113,7 @@ class Endpoint:
     Attributes:
         name: What it is called in the UI, in logs and in delivery ids; not secret, kept when the URL changes.
         secret: What the body is signed with; None: not signed.
+        format: The body's form; never `auto`.
         on_success: Whether it is told of successes.
         on_failure: Whether it is told of everything else (failures, what is overdue and its end, what needs care).
     """
@@ -151,14 +144,15 @@ def webhook_endpoint(
     name: str = "webhook",
     source: str = "BACKUP_WEBHOOK_URL",
     secret: str | None = None,
-    webhook_format: WebhookFormat | None = None,
+    webhook_format: WebhookFormat = WebhookFormat.AUTO,
     on_success: bool = False,
     on_failure: bool = True,
 ) -> Endpoint:
-    """An endpoint out of settings; without `webhook_format` the form is recognised by the URL. An empty secret is none.
+    """An endpoint out of settings. `auto` recognises the form by the URL; an empty secret is none.
 
     Raises:
         SettingsError: The URL cannot be used (see `SecretUrl`); `source` is named.
     """
     address = SecretUrl(url, source=source)
-    return Endpoint(name, address, secret or None, webhook_format or recognise(address), on_success, on_failure)
+    form = recognise(address) if webhook_format is WebhookFormat.AUTO else webhook_format
+    return Endpoint(name, address, secret or None, form, on_success, on_failure)

@@ -39,7 +39,7 @@ from kanbu_backup_dagster.notifications.backoff import (
 )
 from kanbu_backup_dagster.notifications.chat import discord_message, slack_message
 from kanbu_backup_dagster.notifications.delivery import DeliveryError, Limits, deliver, ping
-from kanbu_backup_dagster.notifications.endpoints import SecretUrl, WebhookFormat, recognise, webhook_endpoint
+from kanbu_backup_dagster.notifications.endpoints import SecretUrl, recognise, webhook_endpoint
 from kanbu_backup_dagster.notifications.events import (
     ERROR_LENGTH,
     BackupCompleted,
@@ -70,6 +70,7 @@ from kanbu_backup_dagster.notifications.events import (
     short_error,
 )
 from kanbu_backup_dagster.notifications.javascript_json import stringify
+from kanbu_backup_dagster.schedule_file import WebhookFormat
 
 NOW = datetime(2026, 1, 18, 2, 0, 5, 432_999, tzinfo=timezone.utc)
 NAME = "kanbu_backup_2026-01-18T02-00-00.sql.gz.enc"
@@ -458,6 +459,7 @@ def test_a_clock_that_leaps_neither_gives_up_nor_waits_for_ever() -> None:
     for _ in range(LEAST_ATTEMPTS):
         state = after_failure(state, later)
     assert state.is_hopeless(later)
+    assert not state.is_hopeless(later, timedelta(days=500))
 
 
 def test_what_a_receiver_asks_for_is_obeyed_within_an_hour() -> None:
