@@ -3,8 +3,9 @@
 What belongs here: choosing and making Dagster's home, and the three classes that `dagster.yaml` names so that stock
 `dagster` commands use it too. What does not: backups, which are in the storage and need none of this.
 
-The place is DAGSTER_HOME, else `$XDG_STATE_HOME/kanbu-backup/dagster` (`~/.local/state/kanbu-backup/dagster`). Without
-these classes `dagster job execute` keeps its records in a temporary folder that it deletes when it ends.
+The place is DAGSTER_HOME (`.env` first, then the environment), else `$XDG_STATE_HOME/kanbu-backup/dagster`
+(`~/.local/state/kanbu-backup/dagster`). Without these classes `dagster job execute` keeps its records in a temporary
+folder that it deletes when it ends.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from dagster._core.storage.local_compute_log_manager import LocalComputeLogManag
 from dagster._core.storage.root import LocalArtifactStorage
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
+from dotenv import dotenv_values
 
 from kanbu_backup_dagster.errors import SettingsError
+from kanbu_backup_dagster.settings import ENV_FILE
 
 CONFIG_FILE = "dagster.yaml"
 # A dagster.yaml whose first line is this one is ours to bring up to date; edit it and take the line out to keep it.
@@ -37,7 +40,8 @@ def dagster_home() -> Path:
     Raises:
         SettingsError: DAGSTER_HOME is not absolute, or there is no home folder to fall back to.
     """
-    given = os.environ.get("DAGSTER_HOME")
+    # Dagster's own command line takes .env's before it looks for its home; ours must find the same one.
+    given = dotenv_values(ENV_FILE).get("DAGSTER_HOME") or os.environ.get("DAGSTER_HOME")
     if given:
         home = Path(given).expanduser()
         if not home.is_absolute():

@@ -165,8 +165,6 @@ class EmbeddedPostgres:
     binaries: ServerBinaries
     port: int
     socket_folder: Path
-    _account: _Account
-    _programs: Path
     _process: subprocess.Popen[str] | None = field(default=None, repr=False)
 
     @property
@@ -240,14 +238,8 @@ class EmbeddedPostgres:
         binaries = _choose_binaries(home and home / "data", major)
         home = home or _new_home(folder, account)
         data = home / "data"
-        make = functools.partial(
-            cls,
-            folder=folder,
-            home=home,
-            binaries=binaries,
-            _account=account,
-            _programs=_programs_for(account, binaries, home),
-        )
+        make = functools.partial(cls, folder=folder, home=home, binaries=binaries)
+        programs = _programs_for(account, binaries, home)
         if data.exists():
             _check_owner(data, account)
             pid_file = _PidFile.read(data)
@@ -262,22 +254,22 @@ class EmbeddedPostgres:
                 # PostgreSQL itself forgives a stale file only while no process of the same user has that number.
                 (data / "postmaster.pid").unlink()
         else:
-            _initdb(data, account, make.keywords["_programs"], durable)
+            _initdb(data, account, programs, durable)
         server = make(port=int(settings.get("port", 5432)), socket_folder=_socket_folder(home, account))
-        server._launch(data, settings if durable else {**_UNSAFE_SETTINGS, **settings}, timeout)
+        server._launch(account, programs, settings if durable else {**_UNSAFE_SETTINGS, **settings}, timeout)
         return server
 
-    def _launch(self, data: Path, settings: Mapping[str, str], timeout: float) -> None:
-        log = self.home / "log"
+    def _launch(self, account: _Account, programs: Path, settings: Mapping[str, str], timeout: float) -> None:
+        data, log = self.home / "data", self.home / "log"
         all_settings = {"listen_addresses": "", **settings, "unix_socket_directories": str(self.socket_folder)}
-        command: list[str | Path] = [self._programs / "postgres", "-D", data, "-p", str(self.port)]
+        command: list[str | Path] = [programs / "postgres", "-D", data, "-p", str(self.port)]
         for name, value in all_settings.items():
             if name != "port":
                 command += ["-c", f"{name}={value}"]
         log.touch(mode=0o600)
         with log.open("a") as log_file:
             log_begins = log_file.tell()
-            process = self._account.popen(
+            process = account.popen(
                 command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=subprocess.STDOUT, start_new_session=True
             )
         try:
@@ -357,19 +349,24 @@ class EmbeddedPostgres:
         Raises:
             SourceError: It still runs after `timeout`.
         """
-        data = self.home / "data"
-        pid_file = _PidFile.read(data)
-        if pid_file is not None and _serves(pid_file.pid, data):
-            mode = "immediate" if immediately else "fast"
-            status, output = self._account.run(
-                [self._programs / "pg_ctl", "stop", "-D", data, "-m", mode, "-w", "-t", f"{timeout:.0f}"]
-            )
-            if status != 0 and _serves(pid_file.pid, data):
-                raise SourceError(f"PostgreSQL in {self.home} does not stop.", tried=tuple(output.splitlines()[-8:]))
+        _end_server(self.home, immediately=immediately, timeout=timeout)
         if self._process is not None:
             self._process.wait()
-        if self.socket_folder.parent != self.home:
-            shutil.rmtree(self.socket_folder, ignore_errors=True)
+
+    @classmethod
+    def remove(cls, folder: Path | str) -> None:
+        """Stop the server that lives in `folder`, if it runs, and delete the folder with all its databases.
+
+        Raises:
+            SourceError: There is no server in `folder`, or it does not stop.
+        """
+        folder = Path(folder).resolve()
+        home = (folder / "home").readlink() if (folder / "home").is_symlink() else folder
+        if not (home / "data" / "PG_VERSION").exists():
+            raise SourceError(f"There is no PostgreSQL server in {folder}.")
+        _end_server(home, immediately=True)
+        shutil.rmtree(home)
+        shutil.rmtree(folder, ignore_errors=home == folder)
 
     def __enter__(self) -> EmbeddedPostgres:
         return self
@@ -406,6 +403,24 @@ class EmbeddedPostgres:
                 shutil.rmtree(server.home)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_server(home: Path, *, immediately: bool = False, timeout: float = 60.0) -> None:
+    data = home / "data"
+    running = _PidFile.read(data)
+    if running is None or not _serves(running.pid, data):
+        return
+    # The signals of a fast and of an immediate shutdown: https://www.postgresql.org/docs/current/server-shutdown.html
+    os.kill(running.pid, signal.SIGQUIT if immediately else signal.SIGINT)
+    deadline = time.monotonic() + timeout
+    while _serves(running.pid, data):
+        if time.monotonic() > deadline:
+            raise SourceError(
+                f"PostgreSQL in {home} still runs after {timeout:g} s.", advice=f"Its log is {home / 'log'}."
+            )
+        time.sleep(0.01)
+    if running.socket_folder.parent != home:
+        shutil.rmtree(running.socket_folder, ignore_errors=True)
 
 
 _UNSAFE_SETTINGS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}

@@ -21,7 +21,7 @@ from kanbu_backup_dagster.sources.clients import searched_folders
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C"}
 """What the server's programs get to see of our environment: nothing. PG* variables would change what they do."""
 
-_NEEDED_PROGRAMS = ("postgres", "initdb", "pg_ctl", "psql")
+_NEEDED_PROGRAMS = ("postgres", "initdb", "psql")
 _VERSION = re.compile(r"\(PostgreSQL\) ((\d+)\S*)")
 
 
@@ -30,7 +30,7 @@ class ServerBinaries:
     """One installed PostgreSQL server.
 
     Attributes:
-        bin_folder: Where `postgres`, `initdb`, `pg_ctl`, `psql` (and `pg_dump` where installed) are.
+        bin_folder: Where `postgres`, `initdb`, `psql` (and `pg_dump` where installed) are.
         major: For example 18.
         version: For example "18.4".
     """

@@ -104,11 +104,15 @@ def test_a_folder_others_cannot_enter_keeps_its_permissions(tmp_path: Path) -> N
         server.stop(immediately=True)
         shutil.rmtree(server.home)
     # What the link pointed to is gone: a new server is made rather than an error.
-    if server.home != server.folder:
-        again = EmbeddedPostgres.start(tmp_path / "server")
-        assert again.home != server.home
-        again.stop(immediately=True)
-        shutil.rmtree(again.home)
+    again = EmbeddedPostgres.start(tmp_path / "server")
+    assert (again.home == server.home) == (os.geteuid() != 0)
+    EmbeddedPostgres.remove(tmp_path / "server")
+    assert processes_in(again.home) == []
+    assert not again.home.exists()
+    assert not (tmp_path / "server").exists()
+    with pytest.raises(SourceError, match="There is no PostgreSQL server"):
+        EmbeddedPostgres.remove(tmp_path)
+    assert permissions_up_to_root(tmp_path) == before
 
 
 @needs_server
