@@ -26,7 +26,7 @@ TAG_BYTES = 16
 GCM_LIMIT_BYTES = (1 << 36) - 32
 _GZIP_WINDOW = 31
 _ISAL_MEMORY_LEVEL = 9
-_DECOMPRESSED_CHUNK = 1 << 20
+_BLOCK_BYTES = 1 << 20
 
 
 def compress(chunks: Iterator[bytes], level: int) -> Iterator[bytes]:
@@ -36,10 +36,26 @@ def compress(chunks: Iterator[bytes], level: int) -> Iterator[bytes]:
         level: ISA-L's, 0 (fastest) to 3 (smallest).
     """
     compressor = isal_zlib.compressobj(level, wbits=_GZIP_WINDOW, memLevel=_ISAL_MEMORY_LEVEL)
-    for chunk in chunks:
-        if compressed := compressor.compress(chunk):
+    for block in _even(chunks):
+        if compressed := compressor.compress(block):
             yield compressed
     yield compressor.flush()
+
+
+def _even(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in chunks of one size: where ISA-L ends its blocks depends on what it is given at a time."""
+    parts: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        parts.append(chunk)
+        size += len(chunk)
+        if size >= _BLOCK_BYTES:
+            joined = memoryview(b"".join(parts))
+            whole = size - size % _BLOCK_BYTES
+            for at in range(0, whole, _BLOCK_BYTES):
+                yield bytes(joined[at : at + _BLOCK_BYTES])
+            parts, size = [bytes(joined[whole:])], size - whole
+    yield b"".join(parts)
 
 
 def decompress(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -57,12 +73,12 @@ def decompress(chunks: Iterator[bytes]) -> Iterator[bytes]:
                 decompressor = isal_zlib.decompressobj(wbits=_GZIP_WINDOW)
             started = True
             try:
-                content = decompressor.decompress(data, _DECOMPRESSED_CHUNK)
+                content = decompressor.decompress(data, _BLOCK_BYTES)
             except isal_zlib.error as error:  # type: ignore[misc]  # the stub types the class as an instance
                 raise CorruptBackupError(f"Checksum verification failed: the gzip data is damaged ({error}).") from None
             yield content
             # Bounded output: a megabyte of gzip may hold a gigabyte.
-            full = len(content) == _DECOMPRESSED_CHUNK and not decompressor.eof
+            full = len(content) == _BLOCK_BYTES and not decompressor.eof
             data = decompressor.unused_data if decompressor.eof else decompressor.unconsumed_tail
     if not started or not decompressor.eof:
         raise CorruptBackupError("Checksum verification failed: the gzip data is cut short.")
