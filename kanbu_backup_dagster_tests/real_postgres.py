@@ -13,7 +13,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from kanbu_backup_dagster.errors import SourceError
-from kanbu_backup_dagster.sources.embedded_postgres import SUPERUSER, EmbeddedPostgres, quote_identifier
+from kanbu_backup_dagster.sources.commands import quote_identifier
+from kanbu_backup_dagster.sources.embedded_postgres import SUPERUSER, EmbeddedPostgres
 from kanbu_backup_dagster.sources.server_binaries import find_server_binaries
 
 SAMPLE_SCRIPT = Path(__file__).parent.parent / "demo" / "sample.sql"

@@ -258,3 +258,49 @@ def query(access: ServerAccess, settings: Settings, sql: str, *, database: str |
         )
     rows: list[dict[str, Any]] = json.loads(output)
     return rows
+
+
+def execute(access: ServerAccess, settings: Settings, script: str, *, database: str | None = None) -> str:
+    """Run SQL statements one after another, each in a transaction of its own unless they say otherwise.
+
+    Args:
+        script: SQL, fed through standard input, which no other user of the machine can read.
+
+    Returns:
+        What psql printed: unaligned, without headers.
+
+    Raises:
+        SourceError: A statement failed, and none after it was run; holds the server's own words.
+    """
+    arguments = [
+        "--no-psqlrc",
+        "--no-password",
+        "--quiet",
+        "--tuples-only",
+        "--no-align",
+        "--set=ON_ERROR_STOP=1",
+        "--file=-",
+    ]
+    with access.start(settings, "psql", arguments, database=database, feeds=True) as process:
+        try:
+            process.write(script.encode())
+        except BrokenPipeError:
+            status = process.wait()
+        else:
+            process.close_input()
+            output = b"".join(process.chunks())
+            status = process.wait()
+    if status != 0:
+        raise SourceError(f"The server refused ({access.description}): {process.stderr or f'psql ended with {status}'}")
+    return output.decode()
+
+
+def quote_identifier(name: str) -> str:
+    """`name` as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quote_literal(text: str) -> str:
+    """`text` as an SQL literal, whatever standard_conforming_strings is."""
+    escaped = text.replace("'", "''")
+    return f" E'{escaped.replace(chr(92), chr(92) * 2)}'" if "\\" in text else f"'{escaped}'"

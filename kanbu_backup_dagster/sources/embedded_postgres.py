@@ -31,6 +31,7 @@ from types import TracebackType
 from urllib.parse import quote
 
 from kanbu_backup_dagster.errors import SourceError
+from kanbu_backup_dagster.sources.commands import quote_identifier
 from kanbu_backup_dagster.sources.server_binaries import ENVIRONMENT, ServerBinaries, find_server_binaries
 
 SUPERUSER = "kanbu"
@@ -424,11 +425,6 @@ def _end_server(home: Path, *, immediately: bool = False, timeout: float = 60.0)
 
 
 _UNSAFE_SETTINGS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
-
-
-def quote_identifier(name: str) -> str:
-    """`name` as an SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 @contextmanager

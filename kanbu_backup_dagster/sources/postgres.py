@@ -28,6 +28,7 @@ _EMPTY_DATABASE_BYTES = 7_500_000
 _DATABASE_SQL = f"""
 SELECT current_database() AS name,
        current_setting('server_version') AS server_version,
+       (SELECT system_identifier::text FROM pg_control_system()) AS server_id,
        pg_database_size(current_database()) AS size_bytes,
        (SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE c.relkind IN ('r', 'p') AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema') AS tables,
@@ -49,15 +50,25 @@ SELECT current_database() AS name,
 
 @dataclass(frozen=True)
 class DatabaseState:
-    """What the server said of the database just now. Sizes in bytes."""
+    """What the server said of the database just now. Sizes in bytes.
+
+    Attributes:
+        server_id: The server's own identifier, the same by whatever address it is reached.
+    """
 
     name: str
     server_version: str
+    server_id: str
     size_bytes: int
     tables: int
     estimated_bytes: int
     roles: tuple[str, ...]
     extensions: tuple[tuple[str, str], ...]
+
+    @property
+    def target(self) -> str:
+        """This database among all there are: what is locked against a restore while it is worked on."""
+        return f"database {self.name} of server {self.server_id}"
 
 
 def inspect_database(access: ServerAccess, settings: Settings, *, database: str | None = None) -> DatabaseState:
@@ -70,6 +81,7 @@ def inspect_database(access: ServerAccess, settings: Settings, *, database: str 
     return DatabaseState(
         name=row["name"],
         server_version=row["server_version"].split(" ")[0],
+        server_id=row["server_id"],
         size_bytes=row["size_bytes"],
         tables=row["tables"],
         estimated_bytes=max(row["content_bytes"] - row["index_bytes"], 0),
@@ -93,8 +105,11 @@ class Method:
     rejected: tuple[str, ...] = ()
 
 
-def find_method(settings: Settings) -> Method:
+def find_method(settings: Settings, *, database: str | None = None) -> Method:
     """The way to the database that BACKUP_PG_MODE asks for; `auto` tries direct, then docker.
+
+    Args:
+        database: Another database of the same server, in place of DATABASE_URL's.
 
     Raises:
         KanbuError: That way, or with `auto` each, does not work; says why.
@@ -103,7 +118,7 @@ def find_method(settings: Settings) -> Method:
     rejected: list[str] = []
     for way in ways:
         try:
-            access, state = way(settings)
+            access, state = way(settings, database)
         except KanbuError as error:
             if settings.pg_mode is not PgMode.AUTO:
                 raise
@@ -117,7 +132,7 @@ def find_method(settings: Settings) -> Method:
     )
 
 
-def _direct(settings: Settings) -> tuple[ServerAccess, DatabaseState]:
+def _direct(settings: Settings, database: str | None) -> tuple[ServerAccess, DatabaseState]:
     connection = require_connection(settings)
     available = find_clients()
     if not available:
@@ -128,7 +143,9 @@ def _direct(settings: Settings) -> tuple[ServerAccess, DatabaseState]:
         )
     # Any psql can ask the server for its version; which pg_dump is used depends on the answer.
     newest = max(available, key=lambda clients: clients.major)
-    state = inspect_database(DirectAccess(str(newest.folder), newest.version, connection.server), settings)
+    state = inspect_database(
+        DirectAccess(str(newest.folder), newest.version, connection.server), settings, database=database
+    )
     chosen = choose_clients(available, state.server_version)
     return DirectAccess(str(chosen.folder), chosen.version, connection.server), state
 
@@ -172,7 +189,7 @@ class OpenDump:
             "--no-password",
             f"--lock-wait-timeout={round(dump.lock_timeout_seconds * 1000)}",
         ]
-        with dump.access.start(self._settings, "pg_dump", arguments) as process:
+        with dump.access.start(self._settings, "pg_dump", arguments, database=dump.state.name) as process:
             for chunk in process.chunks():
                 scanner.feed(chunk)
                 yield chunk
@@ -206,11 +223,14 @@ class OpenDump:
         )
 
 
-def prepare_dump(settings: Settings) -> tuple[PostgresDump, Method]:
+def prepare_dump(settings: Settings, *, database: str | None = None) -> tuple[PostgresDump, Method]:
     """Find the way to the database and describe its dump.
+
+    Args:
+        database: Another database of the same server, in place of DATABASE_URL's.
 
     Raises:
         SettingsError, SourceError: There is no way.
     """
-    method = find_method(settings)
+    method = find_method(settings, database=database)
     return PostgresDump(method.access, method.state, settings.lock_timeout_seconds), method
