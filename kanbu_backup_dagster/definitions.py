@@ -13,6 +13,7 @@ from dagster import Definitions, in_process_executor
 from kanbu_backup_dagster.orchestration.assets import ASSETS
 from kanbu_backup_dagster.orchestration.jobs import JOBS
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
+from kanbu_backup_dagster.orchestration.run_scope import run_scope
 
 
 def build_definitions(*, resource_overrides: Mapping[str, Any] | None = None) -> Definitions:
@@ -24,7 +25,7 @@ def build_definitions(*, resource_overrides: Mapping[str, Any] | None = None) ->
     return Definitions(
         assets=ASSETS,
         jobs=JOBS,
-        resources={"environment": BackupEnvironment(), **(resource_overrides or {})},
+        resources={"environment": BackupEnvironment(), "run_scope": run_scope, **(resource_overrides or {})},
         # The stream flows within one op, so a process per op would only add its start: 1.5 seconds each.
         executor=in_process_executor,
     )

@@ -9,7 +9,7 @@ work, which the library rooms do. `store` alone moves bytes; see `backup.recipe`
 import time
 from dataclasses import dataclass
 
-from dagster import Failure, MetadataValue, OpExecutionContext, op
+from dagster import Failure, MetadataValue, OpExecutionContext, ResourceParam, op
 
 from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.keys import likely_mistake
@@ -29,8 +29,9 @@ from kanbu_backup_dagster.orchestration.failures import explained
 from kanbu_backup_dagster.orchestration.known_storage import prepare_storage
 from kanbu_backup_dagster.orchestration.progress import reporter
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment, Environment
+from kanbu_backup_dagster.orchestration.run_scope import RunScope
 from kanbu_backup_dagster.orchestration.tags import SCHEDULE_ID, SCHEDULE_NAME, TRIGGER
-from kanbu_backup_dagster.sources.postgres import prepare_dump
+from kanbu_backup_dagster.sources.postgres import PostgresDump, prepare_dump
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,12 @@ def encrypt(context: OpExecutionContext, recipe: Recipe, environment: BackupEnvi
 
 
 @op(description="Pulls the bytes through all stages, once, into the storage; lands them atomically with the manifest.")
-def store(context: OpExecutionContext, recipe: Recipe, environment: BackupEnvironment) -> StoredBackup:
+def store(
+    context: OpExecutionContext, recipe: Recipe, environment: BackupEnvironment, run_scope: ResourceParam[RunScope]
+) -> StoredBackup:
     with explained():
+        if isinstance(recipe.source, PostgresDump):
+            run_scope.hold(recipe.source.state.target, exclusive=False)
         loaded = environment.load()
         needed = expected_stored_bytes(recipe, _last_backup(loaded, recipe.source.backup_type))
         for leftover in prepare_storage(context.instance, loaded.storage, needed_bytes=needed):
