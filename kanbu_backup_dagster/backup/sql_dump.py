@@ -17,7 +17,7 @@ understood.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,7 +74,7 @@ _NAME = rb'(?:(?:"[^"]*")+|[A-Za-z_\x80-\xff][A-Za-z0-9_$\x80-\xff]*)'
 _COPY = re.compile(
     rb'COPY\s+(%b(?:\.%b)*)(?:\s*\([^"()]*(?:"[^"]*"[^"()]*)*\))?\s+FROM\s+STDIN\b' % (_NAME, _NAME), re.IGNORECASE
 )
-_SET = re.compile(rb'SET\s+(?:(?:SESSION|LOCAL)\s+)?("?)([A-Za-z_][\w.$]*)\1\s*(?:=|TO\b)\s*(.*?)\s*;', re.I | re.S)
+_SET = re.compile(rb'SET\s+(?:(?:SESSION|LOCAL)\s+)?("?)([A-Za-z_][\w.$]*)\1\s*(?:=|TO\b)\s*([^\s;]*)', re.IGNORECASE)
 _SET_CONFIG = re.compile(rb"SELECT\s+pg_catalog\.set_config\s*\(", re.IGNORECASE)
 _RESTRICT = re.compile(rb"\\(un)?restrict [A-Za-z0-9]+")
 _VERSION = re.compile(rb"-- Dumped (from database|by pg_dump) version (.+)")
@@ -129,6 +129,56 @@ class DumpScanner:
             server_version=self._lexer.versions.get(b"from database"),
             pg_dump_version=self._lexer.versions.get(b"by pg_dump"),
         )
+
+
+class PsqlInputFilter:
+    """Takes out of a dump what the psql of a restore must not be given; the rest passes byte for byte.
+
+    Taken out are the dump's own `\\restrict KEY` and `\\unrestrict KEY` lines (the restore runs psql restricted under a
+    key of its own), and, in the header, a `SET` of a parameter that the target server does not have, as a newer pg_dump
+    writes it. The header ends with the first statement that is neither a SET nor a call of `pg_catalog.set_config`.
+    A parameter with a dot in its name passes: every server takes it. So does any other meta-command: psql in
+    restricted mode refuses it. An emptied line stays as an empty line, so psql's line numbers are the dump's.
+
+    Args:
+        known_settings: Names of the parameters that the target server has, in either case (`pg_settings.name`).
+
+    Attributes:
+        left_out: The SET statements that were taken out, in the dump's order; complete when the stream has ended.
+    """
+
+    def __init__(self, known_settings: frozenset[str]) -> None:
+        self.left_out: list[str] = []
+        self._known = frozenset(name.lower() for name in known_settings)
+        self._lexer = _Lexer()
+        self._held = b""
+        self._base = 0  # offset of what is held in the whole stream
+
+    def __call__(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """Filter one stream, of chunks of any size. An instance is good for one stream."""
+        for chunk in chunks:
+            if passed := self._pass(chunk):
+                yield passed
+        # A line feed settles what the last line is, if it had none.
+        yield (self._pass(b"\n") + self._held)[:-1]
+
+    def _pass(self, chunk: bytes) -> bytes:
+        spans = self._lexer.feed(chunk)
+        data = self._held + chunk if self._held else chunk
+        parts = []
+        pos = 0
+        for span in spans:
+            if span.setting is not None:
+                if span.setting in self._known or "." in span.setting:
+                    continue
+                self.left_out.append(_decode(span.text))
+            parts += [data[pos : span.start - self._base], b"\n" * span.text.count(b"\n")]
+            pos = span.end - self._base
+        settled = self._lexer.settled - self._base
+        parts.append(data[pos:settled])
+        self._held = data[settled:]
+        self._base += settled
+        return b"".join(parts)
 
 
 class _Span(NamedTuple):
