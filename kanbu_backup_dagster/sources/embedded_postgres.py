@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
-import pwd
 import shutil
 import signal
 import subprocess
@@ -32,121 +31,16 @@ from urllib.parse import quote
 
 from kanbu_backup_dagster.errors import SourceError
 from kanbu_backup_dagster.sources.commands import quote_identifier
+from kanbu_backup_dagster.sources.server_account import ServerAccount, server_account
 from kanbu_backup_dagster.sources.server_binaries import ENVIRONMENT, ServerBinaries, find_server_binaries
+from kanbu_backup_dagster.sources.server_process import PidFile, end_server, serves
 
 SUPERUSER = "kanbu"
 """The role that owns the server; `EmbeddedPostgres.url` connects as it."""
 
 # sun_path holds 108 bytes on Linux and 104 on macOS, its closing NUL among them; the file is called .s.PGSQL.<port>.
 _LONGEST_SOCKET_FOLDER = 103 - len("/.s.PGSQL.65535")
-
-
-@dataclass(frozen=True)
-class _Account:
-    """Whom the server runs as: ourselves (no ids), or under root an ordinary user."""
-
-    uid: int | None = None
-    gid: int | None = None
-    name: str = ""
-
-    def popen(self, command: list[str | Path], **options: object) -> subprocess.Popen[str]:
-        """`subprocess.Popen` as this user, in "/", with nothing of our own environment."""
-        return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
-            command,
-            text=True,
-            cwd="/",
-            env=ENVIRONMENT,
-            user=self.uid,
-            group=self.gid,
-            extra_groups=None if self.uid is None else [],
-            **options,
-        )
-
-    def run(self, command: list[str | Path]) -> tuple[int, str]:
-        """The exit status of `command` as this user, and what it printed; 126 when this user may not run it."""
-        try:
-            process = self.popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace"
-            )
-        except PermissionError as error:
-            return 126, str(error)
-        output, _ = process.communicate()
-        return process.returncode, output
-
-    def can_enter(self, folder: Path) -> bool:
-        return self.uid is None or self.run(["/bin/sh", "-c", 'cd -- "$1"', "sh", folder])[0] == 0
-
-    def own(self, folder: Path) -> None:
-        """Make `folder`, new and empty, for this user alone."""
-        folder.mkdir(mode=0o700)
-        if self.uid is not None and self.gid is not None:
-            os.chown(folder, self.uid, self.gid)
-
-
-def _server_account() -> _Account:
-    if os.geteuid() != 0:
-        return _Account()
-    for name in ("postgres", "nobody"):
-        try:
-            entry = pwd.getpwnam(name)
-        except KeyError:
-            continue
-        account = _Account(entry.pw_uid, entry.pw_gid, name)
-        try:
-            account.can_enter(Path("/"))
-        except (OSError, subprocess.SubprocessError) as error:
-            raise SourceError(
-                f"PostgreSQL refuses to run as root, and root may not become {name!r} here ({error}).",
-                advice="Run this as an ordinary user.",
-            ) from error
-        return account
-    raise SourceError(
-        "PostgreSQL refuses to run as root, and there is no user 'postgres' or 'nobody' to run it as.",
-        advice="Run this as an ordinary user.",
-    )
-
-
-@dataclass(frozen=True)
-class _PidFile:
-    """What a running server says of itself in `postmaster.pid` (PostgreSQL's src/include/utils/pidfile.h)."""
-
-    pid: int
-    port: int
-    socket_folder: Path
-    status: str
-
-    @classmethod
-    def read(cls, data: Path) -> _PidFile | None:
-        """None when there is no such file, or the server has not written it to its end yet."""
-        try:
-            lines = (data / "postmaster.pid").read_text().splitlines()
-        except FileNotFoundError:
-            return None
-        if len(lines) < 8:
-            return None
-        return cls(int(lines[0]), int(lines[3]), Path(lines[4]), lines[7].strip())
-
-    @classmethod
-    def ready_process(cls, data: Path) -> int | None:
-        """The process that has said in this file that it takes connections."""
-        pid_file = cls.read(data)
-        return pid_file.pid if pid_file is not None and pid_file.status == "ready" else None
-
-
-def _serves(pid: int, data: Path) -> bool:
-    """Whether process `pid` is a PostgreSQL server of the folder `data`; the number may have gone to another since."""
-    if Path("/proc/self/cmdline").exists():
-        try:
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-        if b"-D" not in arguments[:-1]:
-            return False
-        theirs = Path(os.fsdecode(arguments[arguments.index(b"-D") + 1]))
-        # A folder that is gone may be ours under the name it had when the server was started.
-        return not theirs.exists() or theirs.samefile(data)
-    answer = subprocess.run(["ps", "-ww", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return f"-D {data}" in answer.stdout
+_UNSAFE_SETTINGS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
 
 
 @dataclass
@@ -216,7 +110,7 @@ class EmbeddedPostgres:
             SourceError: No programs of that version, a folder that cannot be used, or a server that does not start.
         """
         folder = Path(folder).resolve()
-        account = _server_account()
+        account = server_account()
         try:
             # Under root others must pass through it to the data; they can neither list nor read anything here.
             folder.mkdir(mode=0o700 if account.uid is None else 0o711, parents=True, exist_ok=True)
@@ -229,7 +123,7 @@ class EmbeddedPostgres:
     def _start(
         cls,
         folder: Path,
-        account: _Account,
+        account: ServerAccount,
         major: int | None,
         durable: bool,
         settings: Mapping[str, str],
@@ -243,9 +137,9 @@ class EmbeddedPostgres:
         programs = _programs_for(account, binaries, home)
         if data.exists():
             _check_owner(data, account)
-            pid_file = _PidFile.read(data)
+            pid_file = PidFile.read(data)
             if pid_file is not None:
-                if _serves(pid_file.pid, data):
+                if serves(pid_file.pid, data):
                     if not pid_file.socket_folder.exists():
                         raise SourceError(
                             f"A PostgreSQL server runs in {home} whose socket folder {pid_file.socket_folder} is gone.",
@@ -260,7 +154,7 @@ class EmbeddedPostgres:
         server._launch(account, programs, settings if durable else {**_UNSAFE_SETTINGS, **settings}, timeout)
         return server
 
-    def _launch(self, account: _Account, programs: Path, settings: Mapping[str, str], timeout: float) -> None:
+    def _launch(self, account: ServerAccount, programs: Path, settings: Mapping[str, str], timeout: float) -> None:
         data, log = self.home / "data", self.home / "log"
         all_settings = {"listen_addresses": "", **settings, "unix_socket_directories": str(self.socket_folder)}
         command: list[str | Path] = [programs / "postgres", "-D", data, "-p", str(self.port)]
@@ -275,7 +169,7 @@ class EmbeddedPostgres:
             )
         try:
             deadline = time.monotonic() + timeout
-            while _PidFile.ready_process(data) != process.pid:
+            while PidFile.ready_process(data) != process.pid:
                 if process.poll() is not None or time.monotonic() > deadline:
                     ended = process.returncode is not None
                     with log.open(errors="replace") as log_file:
@@ -350,7 +244,7 @@ class EmbeddedPostgres:
         Raises:
             SourceError: It still runs after `timeout`.
         """
-        _end_server(self.home, immediately=immediately, timeout=timeout)
+        end_server(self.home, immediately=immediately, timeout=timeout)
         if self._process is not None:
             self._process.wait()
 
@@ -365,7 +259,7 @@ class EmbeddedPostgres:
         home = (folder / "home").readlink() if (folder / "home").is_symlink() else folder
         if not (home / "data" / "PG_VERSION").exists():
             raise SourceError(f"There is no PostgreSQL server in {folder}.")
-        _end_server(home, immediately=True)
+        end_server(home, immediately=True)
         shutil.rmtree(home)
         shutil.rmtree(folder, ignore_errors=home == folder)
 
@@ -406,27 +300,6 @@ class EmbeddedPostgres:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end_server(home: Path, *, immediately: bool = False, timeout: float = 60.0) -> None:
-    data = home / "data"
-    running = _PidFile.read(data)
-    if running is None or not _serves(running.pid, data):
-        return
-    # The signals of a fast and of an immediate shutdown: https://www.postgresql.org/docs/current/server-shutdown.html
-    os.kill(running.pid, signal.SIGQUIT if immediately else signal.SIGINT)
-    deadline = time.monotonic() + timeout
-    while _serves(running.pid, data):
-        if time.monotonic() > deadline:
-            raise SourceError(
-                f"PostgreSQL in {home} still runs after {timeout:g} s.", advice=f"Its log is {home / 'log'}."
-            )
-        time.sleep(0.01)
-    if running.socket_folder.parent != home:
-        shutil.rmtree(running.socket_folder, ignore_errors=True)
-
-
-_UNSAFE_SETTINGS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
-
-
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("a") as file:
@@ -434,7 +307,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _existing_home(folder: Path, account: _Account) -> Path | None:
+def _existing_home(folder: Path, account: ServerAccount) -> Path | None:
     """Where the server of `folder` lives: there, or where its link points to; None when that is yet to be chosen."""
     if account.can_enter(folder):
         return folder
@@ -449,7 +322,7 @@ def _existing_home(folder: Path, account: _Account) -> Path | None:
     return None
 
 
-def _new_home(folder: Path, account: _Account) -> Path:
+def _new_home(folder: Path, account: ServerAccount) -> Path:
     for parent in (Path("/var/tmp"), Path(tempfile.gettempdir())):
         if account.can_enter(parent):
             home = Path(tempfile.mkdtemp(prefix="kanbu-postgres-", dir=parent))
@@ -471,7 +344,7 @@ def _choose_binaries(data: Path | None, major: int | None) -> ServerBinaries:
     return find_server_binaries(theirs)[0]
 
 
-def _programs_for(account: _Account, binaries: ServerBinaries, home: Path) -> Path:
+def _programs_for(account: ServerAccount, binaries: ServerBinaries, home: Path) -> Path:
     """The folder of `binaries`, or of a copy in `home` where the server's user cannot run the original."""
     if account.uid is None or account.run([binaries.bin_folder / "postgres", "-V"])[0] == 0:
         return binaries.bin_folder
@@ -497,7 +370,7 @@ def _programs_for(account: _Account, binaries: ServerBinaries, home: Path) -> Pa
 _NOT_NEEDED_TO_RUN = shutil.ignore_patterns("*.a", "include", "pkgconfig", "doc", "man")
 
 
-def _check_owner(data: Path, account: _Account) -> None:
+def _check_owner(data: Path, account: ServerAccount) -> None:
     owner = data.stat().st_uid
     if owner != (os.geteuid() if account.uid is None else account.uid):
         raise SourceError(
@@ -506,7 +379,7 @@ def _check_owner(data: Path, account: _Account) -> None:
         )
 
 
-def _initdb(data: Path, account: _Account, programs: Path, durable: bool) -> None:
+def _initdb(data: Path, account: ServerAccount, programs: Path, durable: bool) -> None:
     unfinished = data.with_suffix(".new")
     shutil.rmtree(unfinished, ignore_errors=True)
     account.own(unfinished)
@@ -515,14 +388,12 @@ def _initdb(data: Path, account: _Account, programs: Path, durable: bool) -> Non
     command += [f"--locale={'C' if sys.platform == 'darwin' else 'C.UTF-8'}"]
     status, output = account.run(command if durable else [*command, "--no-sync"])
     if status != 0:
-        raise SourceError(
-            f"initdb failed in {data.parent}.", tried=tuple(output.splitlines()[-8:]), advice="Is the disk full?"
-        )
+        raise SourceError(f"initdb failed in {data.parent}.", tried=tuple(output.splitlines()[-8:]))
     # So that data/ is a whole cluster or does not exist.
     unfinished.rename(data)
 
 
-def _socket_folder(home: Path, account: _Account) -> Path:
+def _socket_folder(home: Path, account: ServerAccount) -> Path:
     """A new folder that only the server's user can enter, with a path short enough for a Unix socket."""
     folder = home / "run"
     if len(os.fsencode(folder)) > _LONGEST_SOCKET_FOLDER:
