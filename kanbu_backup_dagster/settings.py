@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 
+from dotenv import dotenv_values
 from dotenv.parser import parse_stream
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -49,13 +50,6 @@ class SchedulerMode(str, Enum):
     BOTH = "both"
 
 
-class OnUnreadable(str, Enum):
-    """What a file or folder that cannot be read does to a source backup."""
-
-    FAIL = "fail"
-    SKIP = "skip"
-
-
 def _known_zone(name: str) -> str:
     try:
         ZoneInfo(name)
@@ -83,14 +77,6 @@ class Settings(BaseSettings):
         "postgres-", alias="POSTGRES_CONTAINER_PATTERN", description="pattern to find the container by (docker mode)"
     )
     source_path: Path = Field(Path("/app"), alias="KANBU_SOURCE_PATH", description="the source tree to back up")
-    source_exclude: str = Field(
-        "", alias="BACKUP_SOURCE_EXCLUDE", description="further exclusions of a source backup: a/, *.b, /c/d/"
-    )
-    source_unreadable: OnUnreadable = Field(
-        OnUnreadable.FAIL,
-        alias="BACKUP_SOURCE_UNREADABLE",
-        description="fail, or skip what cannot be read in the source tree with a warning",
-    )
     encryption_key: SecretStr | None = Field(
         None, alias="BACKUP_ENCRYPTION_KEY", description="64 hex characters or a passphrase; turns encryption on"
     )
@@ -140,11 +126,6 @@ class Settings(BaseSettings):
         """The plain value of a secret field, or None when it is not set."""
         value = getattr(self, field)
         return value.get_secret_value() if value is not None else None
-
-    @property
-    def source_exclusions(self) -> tuple[str, ...]:
-        """The rules in BACKUP_SOURCE_EXCLUDE, which commas separate."""
-        return tuple(rule for part in self.source_exclude.split(",") if (rule := part.strip()))
 
     @property
     def storage_path(self) -> Path:
@@ -214,3 +195,24 @@ def _plain(message: str) -> str:
 
 def _is_secret_variable(variable: str) -> bool:
     return any(alias == variable and is_secret(field) for field, alias in variable_names().items())
+
+
+def dagster_home() -> Path:
+    """The folder of Dagster's records; it may not exist yet.
+
+    Raises:
+        SettingsError: DAGSTER_HOME is not absolute, or there is no home folder to fall back to.
+    """
+    # Dagster's own command line takes .env's before it looks for its home; ours must find the same one.
+    given = dotenv_values(ENV_FILE).get("DAGSTER_HOME") or os.environ.get("DAGSTER_HOME")
+    if given:
+        home = Path(given).expanduser()
+        if not home.is_absolute():
+            raise SettingsError(f"DAGSTER_HOME must be an absolute path, not {given!r}.")
+        return home
+    state = os.environ.get("XDG_STATE_HOME")
+    try:
+        base = Path(state) if state else Path.home() / ".local" / "state"
+    except RuntimeError:
+        raise SettingsError("There is no home folder for Dagster's records.", advice="Set DAGSTER_HOME.") from None
+    return base / "kanbu-backup" / "dagster"

@@ -10,26 +10,21 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
-from kanbu_backup_dagster_tests.docker_engine import DockerEngine, missing_for_an_engine
-from kanbu_backup_dagster_tests.real_docker import ContainerPostgres
+from kanbu_backup_dagster.orchestration.dagster_home import open_instance
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest, PostgresServers, available_majors
 
 REAL_REQUIRED = os.environ.get("KANBU_REQUIRE_REAL", str(int(os.environ.get("CI") == "true"))) == "1"
 
+TEST_KEY = "a passphrase that only tests know"
+
 _MAJORS = available_majors()
-_REAL_FIXTURES = {
-    "postgres": "postgresql",
-    "newest_postgres": "postgresql",
-    "each_mode": "postgresql",
-    "docker_engine": "docker",
-    "node": "node",
-}
-_OUR_VARIABLES = ("BACKUP_", "DAGSTER_", "DATABASE_URL", "DOCKER_", "KANBU_", "PG", "POSTGRES_")
+_REAL_FIXTURES = {"postgres": "postgresql", "newest_postgres": "postgresql", "node": "node"}
+_OUR_VARIABLES = ("BACKUP_", "DAGSTER_", "DATABASE_URL", "KANBU_", "PG", "POSTGRES_")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,21 +53,52 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
+@pytest.fixture(scope="session")
+def _dagster_home_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Dagster home whose tables are made: making them anew for each test takes longer than most tests."""
+    home = tmp_path_factory.mktemp("dagster-home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DAGSTER_HOME", str(home))
+        with open_instance():
+            pass
+    return home
+
+
 @pytest.fixture(autouse=True)
-def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _dagster_home_template: Path) -> None:
     """No test reads the user's settings or writes to the user's home: each begins with none, in an empty folder."""
     for name in list(os.environ):
         if name.startswith(_OUR_VARIABLES):
             monkeypatch.delenv(name)
     # Kept out of tmp_path itself, so that a test may list that.
     home = tmp_path.parent / f"{tmp_path.name}-home"
-    for folder in (home, home / "dagster", home / "work"):
+    for folder in (home, home / "work"):
         folder.mkdir()
+    shutil.copytree(_dagster_home_template, home / "dagster")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("DAGSTER_HOME", str(home / "dagster"))
     monkeypatch.setenv("DAGSTER_DISABLE_TELEMETRY", "1")
-    monkeypatch.setenv("DOCKER_HOST", f"unix://{home}/no-docker-engine-here")
     monkeypatch.chdir(home / "work")
+
+
+@pytest.fixture
+def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Call it with a database's URL (and settings by their variables' names) to set the environment of a backup: a
+    storage folder, which it returns, and encryption."""
+
+    def set_environment(url: str = "", **variables: str) -> Path:
+        store = tmp_path / "store"
+        for name, value in {
+            "DATABASE_URL": url,
+            "BACKUP_PG_MODE": "direct",
+            "BACKUP_LOCAL_PATH": str(store),
+            "BACKUP_ENCRYPTION_KEY": TEST_KEY,
+            **variables,
+        }.items():
+            monkeypatch.setenv(name, value)
+        return store
+
+    return set_environment
 
 
 @pytest.fixture
@@ -120,42 +146,3 @@ def node() -> str:
     if path is None:
         pytest.skip("no Node.js: install nodejs")
     return path
-
-
-@pytest.fixture(scope="session")
-def docker_engine() -> Iterator[DockerEngine]:
-    """A real Docker engine of the session's own, with a PostgreSQL image."""
-    missing = missing_for_an_engine()
-    if missing is not None:
-        pytest.skip(missing)
-    with DockerEngine() as engine:
-        yield engine
-
-
-@pytest.fixture(scope="session")
-def _container(docker_engine: DockerEngine) -> Iterator[str]:
-    with docker_engine.postgres() as container:
-        yield container
-
-
-@pytest.fixture
-def docker_postgres(
-    docker_engine: DockerEngine, _container: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ContainerPostgres]:
-    """PostgreSQL in a container that the session's tests share; the environment asks for docker mode."""
-    server = ContainerPostgres(docker_engine, _container)
-    for name, value in server.variables.items():
-        monkeypatch.setenv(name, value)
-    yield server
-    server.drop_databases()
-
-
-@pytest.fixture(params=["direct", pytest.param("docker", marks=pytest.mark.real("docker"))])
-def each_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PostgresForTest | ContainerPostgres:
-    """A PostgreSQL server reached directly, then one reached in its container; the environment asks for that mode."""
-    monkeypatch.setenv("BACKUP_PG_MODE", request.param)
-    if request.param == "docker":
-        container: ContainerPostgres = request.getfixturevalue("docker_postgres")
-        return container
-    server: PostgresForTest = request.getfixturevalue("newest_postgres")
-    return server

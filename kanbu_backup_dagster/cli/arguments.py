@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kanbu_backup_dagster.backup.catalog import Backup, Catalog
+from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.keys import Keyring
-from kanbu_backup_dagster.orchestration.resources import load_environment
 from kanbu_backup_dagster.storage.folder import FolderStorage
 from kanbu_backup_dagster.storage.protocol import Storage
 

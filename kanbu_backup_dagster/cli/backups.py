@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.manifest import VerificationStatus
 from kanbu_backup_dagster.backup.reading import content, prove
 from kanbu_backup_dagster.backup.verification import verify as verify_file
@@ -18,8 +19,6 @@ from kanbu_backup_dagster.cli.arguments import open_backup
 from kanbu_backup_dagster.cli.bars import byte_bar
 from kanbu_backup_dagster.cli.main import EXIT_FAILED, cli
 from kanbu_backup_dagster.errors import KanbuError
-from kanbu_backup_dagster.orchestration.resources import load_environment
-from kanbu_backup_dagster.orchestration.run_here import run_job
 
 
 @cli.group()
@@ -36,6 +35,9 @@ def backup_database(as_json: bool, verbose: bool) -> None:
 
 
 def _run_backup(job: str, *, as_json: bool, verbose: bool) -> None:
+    # Dagster takes seconds to import: only the commands that run a job pay for it.
+    from kanbu_backup_dagster.orchestration.run_here import run_job
+
     environment = load_environment()
     with byte_bar("Backing up", silent=as_json or verbose) as bar:
         outcome = run_job(job, verbose=verbose, on_progress=bar)

@@ -14,15 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from kanbu_backup_dagster.backup.catalog import Backup
+from kanbu_backup_dagster.backup.environment import Environment, load_environment
 from kanbu_backup_dagster.backup.keys import likely_mistake
 from kanbu_backup_dagster.backup.manifest import VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.cli.arguments import open_backup
 from kanbu_backup_dagster.cli.main import cli
 from kanbu_backup_dagster.errors import KanbuError
-from kanbu_backup_dagster.orchestration.dagster_home import dagster_home
-from kanbu_backup_dagster.orchestration.resources import Environment, load_environment
-from kanbu_backup_dagster.settings import is_secret, value_origins, variable_names
+from kanbu_backup_dagster.settings import dagster_home, is_secret, value_origins, variable_names
 from kanbu_backup_dagster.sources.postgres import find_method
 
 _STATUS_STYLE = {

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dagster import Failure, MetadataValue, OpExecutionContext, ResourceParam, op
 
 from kanbu_backup_dagster.backup.catalog import Backup
+from kanbu_backup_dagster.backup.environment import Environment
 from kanbu_backup_dagster.backup.keys import likely_mistake
 from kanbu_backup_dagster.backup.landing import Origin, Progress, expected_stored_bytes, make_backup
 from kanbu_backup_dagster.backup.manifest import Trigger, VerificationStatus
@@ -28,7 +29,7 @@ from kanbu_backup_dagster.orchestration.assets import (
 from kanbu_backup_dagster.orchestration.failures import explained
 from kanbu_backup_dagster.orchestration.known_storage import prepare_storage
 from kanbu_backup_dagster.orchestration.progress import reporter
-from kanbu_backup_dagster.orchestration.resources import BackupEnvironment, Environment
+from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.run_scope import RunScope
 from kanbu_backup_dagster.orchestration.tags import SCHEDULE_ID, SCHEDULE_NAME, TRIGGER
 from kanbu_backup_dagster.sources.postgres import PostgresDump, prepare_dump

@@ -24,35 +24,13 @@ from dagster._core.storage.local_compute_log_manager import LocalComputeLogManag
 from dagster._core.storage.root import LocalArtifactStorage
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
-from dotenv import dotenv_values
 
 from kanbu_backup_dagster.errors import SettingsError
-from kanbu_backup_dagster.settings import ENV_FILE
+from kanbu_backup_dagster.settings import dagster_home
 
 CONFIG_FILE = "dagster.yaml"
 # A dagster.yaml whose first line is this one is ours to bring up to date; edit it and take the line out to keep it.
 _MANAGED = b"# Kept up to date by kanbu-backup. Take this line out to keep your own changes.\n"
-
-
-def dagster_home() -> Path:
-    """The folder of Dagster's records; it may not exist yet.
-
-    Raises:
-        SettingsError: DAGSTER_HOME is not absolute, or there is no home folder to fall back to.
-    """
-    # Dagster's own command line takes .env's before it looks for its home; ours must find the same one.
-    given = dotenv_values(ENV_FILE).get("DAGSTER_HOME") or os.environ.get("DAGSTER_HOME")
-    if given:
-        home = Path(given).expanduser()
-        if not home.is_absolute():
-            raise SettingsError(f"DAGSTER_HOME must be an absolute path, not {given!r}.")
-        return home
-    state = os.environ.get("XDG_STATE_HOME")
-    try:
-        base = Path(state) if state else Path.home() / ".local" / "state"
-    except RuntimeError:
-        raise SettingsError("There is no home folder for Dagster's records.", advice="Set DAGSTER_HOME.") from None
-    return base / "kanbu-backup" / "dagster"
 
 
 @contextmanager

@@ -5,39 +5,9 @@ What belongs here: thin adapters over plain objects. What does not: any work.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from dagster import ConfigurableResource
 
-from kanbu_backup_dagster.backup.catalog import Catalog
-from kanbu_backup_dagster.backup.keys import Keyring, load_keyring
-from kanbu_backup_dagster.settings import Settings, load_settings
-from kanbu_backup_dagster.storage.open import open_storage
-from kanbu_backup_dagster.storage.protocol import Storage
-
-
-@dataclass(frozen=True)
-class Environment:
-    """The settings of this process, and what is made of them."""
-
-    settings: Settings
-    keys: Keyring
-    storage: Storage
-
-    @property
-    def catalog(self) -> Catalog:
-        """The backups in the storage."""
-        return Catalog(self.storage, self.keys)
-
-
-def load_environment() -> Environment:
-    """Read the environment.
-
-    Raises:
-        KanbuError: Something in it cannot be used.
-    """
-    settings = load_settings()
-    return Environment(settings, load_keyring(settings), open_storage(settings))
+from kanbu_backup_dagster.backup.environment import Environment, load_environment
 
 
 class BackupEnvironment(ConfigurableResource[Environment]):

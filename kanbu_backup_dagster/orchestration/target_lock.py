@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kanbu_backup_dagster.errors import BusyError
-from kanbu_backup_dagster.orchestration.dagster_home import dagster_home
+from kanbu_backup_dagster.settings import dagster_home
 from kanbu_backup_dagster.storage.protocol import Storage
 
 _POLL_SECONDS = 0.2

@@ -17,7 +17,6 @@ from kanbu_backup_dagster.settings import PgMode, Settings
 from kanbu_backup_dagster.sources.clients import choose_clients, find_clients, searched_folders
 from kanbu_backup_dagster.sources.commands import DirectAccess, ServerAccess, query
 from kanbu_backup_dagster.sources.connection import require_connection
-from kanbu_backup_dagster.sources.docker import find_container
 
 NO_METHOD = "No backup method available"
 
@@ -115,20 +114,21 @@ def find_method(settings: Settings, *, database: str | None = None) -> Method:
     Raises:
         KanbuError: That way, or with `auto` each, does not work; says why.
     """
-    if settings.pg_mode is not PgMode.AUTO:
-        return Method(*_WAYS[settings.pg_mode](settings, database))
+    ways = {PgMode.DIRECT: (_direct,), PgMode.DOCKER: (), PgMode.AUTO: (_direct,)}[settings.pg_mode]
     rejected: list[str] = []
-    for mode, way in _WAYS.items():
+    for way in ways:
         try:
-            return Method(*way(settings, database), tuple(rejected))
+            access, state = way(settings, database)
         except KanbuError as error:
-            rejected.append("; ".join((f"{mode.value}: {error.message}", *error.tried)))
+            if settings.pg_mode is not PgMode.AUTO:
+                raise
+            rejected.append(f"{way.__name__.strip('_')}: {error}")
+        else:
+            return Method(access, state, tuple(rejected))
     raise SourceError(
         f"{NO_METHOD}.",
         tried=tuple(rejected),
-        advice="For direct mode (recommended in containers) set DATABASE_URL and install postgresql-client. For docker "
-        "mode start Docker, find the container with `docker ps | grep postgres`, and set POSTGRES_CONTAINER to its "
-        "name.",
+        advice="Set DATABASE_URL for direct mode, or POSTGRES_CONTAINER for docker mode.",
     )
 
 
@@ -148,14 +148,6 @@ def _direct(settings: Settings, database: str | None) -> tuple[ServerAccess, Dat
     )
     chosen = choose_clients(available, state.server_version)
     return DirectAccess(str(chosen.folder), chosen.version, connection.server), state
-
-
-def _docker(settings: Settings, database: str | None) -> tuple[ServerAccess, DatabaseState]:
-    access = find_container(settings)
-    return access, inspect_database(access, settings, database=database)
-
-
-_WAYS = {PgMode.DIRECT: _direct, PgMode.DOCKER: _docker}
 
 
 @dataclass(frozen=True)
@@ -207,7 +199,8 @@ class OpenDump:
         self._rows = scanner.finish().rows
 
     def _failure(self, status: int, stderr: str) -> SourceError:
-        if "lock timeout" in stderr:
+        # --lock-wait-timeout is a statement timeout on pg_dump's LOCK TABLE.
+        if "LOCK TABLE" in stderr and "timeout" in stderr:
             return SourceError(
                 f"A table stayed locked by another session for {self._dump.lock_timeout_seconds:g} seconds: {stderr}",
                 advice="Run again when the migration or lock is gone, or raise BACKUP_LOCK_TIMEOUT_SECONDS.",
