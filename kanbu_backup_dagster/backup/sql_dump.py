@@ -51,11 +51,11 @@ _PLAIN = re.compile(rb"%b(?:%b%b){0,1000}" % (_NOTHING, _SIMPLE, _NOTHING))
 # Space and comment lines between two statements, and the word that begins the next one if its end is in sight.
 _BETWEEN = re.compile(rb"%b((?:--[^\n]*\n%b){0,1000})(?:(%b+)(?!%b|\Z))?" % (_SPACE, _SPACE, _WORD_BYTE, _WORD_BYTE))
 _WORD_BEGUN = re.compile(rb"%b{1,31}\Z" % _WORD_BYTE)
-# Whole statements of no interest with the comments before them, many at a time. All it does is save time: what it does
-# not match is read by the states of `_Lexer`.
+# Whole statements of no interest with the comments before them, many at a time; a trailer before a statement is none.
+# All it does is save time: what it does not match is read by the states of `_Lexer`.
 _DULL_STATEMENTS = re.compile(
     rb"""(?:
-        %(space)b (?: --(?!\ PostgreSQL\ database\ dump\ complete) [^\n]*\n %(space)b ){0,1000}
+        %(space)b (?: --[^\n]*\n %(space)b ){0,1000}
         (?=[A-Za-z]) (?!(?i:COPY|SET)\b)
         %(nothing)b
         (?: (?: %(simple)b | (?<!%(identifier_byte)b) \$([A-Za-z_]*)\$ [^$]* \$\1\$ ) %(nothing)b ){0,1000}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from dataclasses import dataclass, field
 from itertools import pairwise
+from time import process_time
 
 import pytest
 from hypothesis import given, settings
@@ -289,8 +290,11 @@ def test_a_comment_line_of_any_length_hides_what_it_holds() -> None:
         assert rows(body) == rows(body, 4096) == {"t": 1}
 
 
-def test_strings_of_the_old_kind() -> None:
-    body = b"SET standard_conforming_strings = off;\nSELECT 'it\\'s', '\\\\';\nCOPY t (a) FROM stdin;\n1\n\\.\n"
+@pytest.mark.parametrize("before", [b"", b"SELECT 1;\n"], ids=["header", "body"])
+def test_strings_of_the_old_kind(before: bytes) -> None:
+    body = (
+        before + b"SET standard_conforming_strings = off;\nSELECT 'it\\'s', '\\\\';\nCOPY t (a) FROM stdin;\n1\n\\.\n"
+    )
     assert rows(body) == rows(body, 1) == {"t": 1}
 
 
@@ -348,6 +352,17 @@ def test_memory_does_not_grow_with_a_row_or_a_literal() -> None:
         finally:
             tracemalloc.stop()
         assert peak < 3 << 20, opening
+
+
+@pytest.mark.parametrize("token", [b"''", b'""', b"'' ", b"\\\\", b"- ", b"x"])
+@pytest.mark.parametrize("opening", [b"'", b"E'", b'"', b"$$", b"/*", b"--", b""])
+def test_time_grows_with_length_only(opening: bytes, token: bytes) -> None:
+    dump = HEADER + b"CREATE " + opening + token * ((1 << 20) // len(token))
+    started = process_time()
+    with pytest.raises(SourceError):
+        scan(dump, 1 << 18)
+    # Each takes a small part of a second; were the time to grow with the square, minutes.
+    assert process_time() - started < 10
 
 
 # The filter
