@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from kanbu_backup_dagster.orchestration.dagster_home import open_instance
+from kanbu_backup_dagster_tests.docker_engine import DockerEngine, missing_for_an_engine
+from kanbu_backup_dagster_tests.real_docker import ContainerPostgres
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest, PostgresServers, available_majors
 
 REAL_REQUIRED = os.environ.get("KANBU_REQUIRE_REAL", str(int(os.environ.get("CI") == "true"))) == "1"
@@ -23,8 +25,14 @@ REAL_REQUIRED = os.environ.get("KANBU_REQUIRE_REAL", str(int(os.environ.get("CI"
 TEST_KEY = "a passphrase that only tests know"
 
 _MAJORS = available_majors()
-_REAL_FIXTURES = {"postgres": "postgresql", "newest_postgres": "postgresql", "node": "node"}
-_OUR_VARIABLES = ("BACKUP_", "DAGSTER_", "DATABASE_URL", "KANBU_", "PG", "POSTGRES_")
+_REAL_FIXTURES = {
+    "postgres": "postgresql",
+    "newest_postgres": "postgresql",
+    "each_mode": "postgresql",
+    "docker_engine": "docker",
+    "node": "node",
+}
+_OUR_VARIABLES = ("BACKUP_", "DAGSTER_", "DATABASE_URL", "DOCKER_", "KANBU_", "PG", "POSTGRES_")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,6 +86,7 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _dagster_home_tem
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("DAGSTER_HOME", str(home / "dagster"))
     monkeypatch.setenv("DAGSTER_DISABLE_TELEMETRY", "1")
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{home}/no-docker-engine-here")
     monkeypatch.chdir(home / "work")
 
 
@@ -146,3 +155,42 @@ def node() -> str:
     if path is None:
         pytest.skip("no Node.js: install nodejs")
     return path
+
+
+@pytest.fixture(scope="session")
+def docker_engine() -> Iterator[DockerEngine]:
+    """A real Docker engine of the session's own, with a PostgreSQL image."""
+    missing = missing_for_an_engine()
+    if missing is not None:
+        pytest.skip(missing)
+    with DockerEngine() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def _container(docker_engine: DockerEngine) -> Iterator[str]:
+    with docker_engine.postgres() as container:
+        yield container
+
+
+@pytest.fixture
+def docker_postgres(
+    docker_engine: DockerEngine, _container: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ContainerPostgres]:
+    """PostgreSQL in a container that the session's tests share; the environment asks for docker mode."""
+    server = ContainerPostgres(docker_engine, _container)
+    for name, value in server.variables.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.drop_databases()
+
+
+@pytest.fixture(params=["direct", pytest.param("docker", marks=pytest.mark.real("docker"))])
+def each_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PostgresForTest | ContainerPostgres:
+    """A PostgreSQL server reached directly, then one reached in its container; the environment asks for that mode."""
+    monkeypatch.setenv("BACKUP_PG_MODE", request.param)
+    if request.param == "docker":
+        container: ContainerPostgres = request.getfixturevalue("docker_postgres")
+        return container
+    server: PostgresForTest = request.getfixturevalue("newest_postgres")
+    return server

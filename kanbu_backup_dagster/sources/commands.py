@@ -25,7 +25,7 @@ from kanbu_backup_dagster.settings import Settings
 from kanbu_backup_dagster.sources.connection import Connection, child_environment, require_connection
 
 CHUNK_BYTES = 1 << 20
-_STDERR_KEPT_BYTES = 4096
+STDERR_KEPT_BYTES = 4096
 _STDERR_SHOWN_LINES = 6
 _TERMINATION_SECONDS = 5
 _PR_SET_PDEATHSIG = 1
@@ -156,8 +156,8 @@ class LocalProcess:
         self._reader.start()
 
     def _drain(self, stream: IO[bytes]) -> None:
-        while data := stream.read(_STDERR_KEPT_BYTES):
-            self._stderr = (self._stderr + data)[-_STDERR_KEPT_BYTES:]
+        while data := stream.read(STDERR_KEPT_BYTES):
+            self._stderr = (self._stderr + data)[-STDERR_KEPT_BYTES:]
 
     def chunks(self) -> Iterator[bytes]:
         assert self._process.stdout is not None

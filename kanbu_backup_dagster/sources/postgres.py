@@ -17,6 +17,7 @@ from kanbu_backup_dagster.settings import PgMode, Settings
 from kanbu_backup_dagster.sources.clients import choose_clients, find_clients, searched_folders
 from kanbu_backup_dagster.sources.commands import DirectAccess, ServerAccess, query
 from kanbu_backup_dagster.sources.connection import require_connection
+from kanbu_backup_dagster.sources.docker import find_container
 
 NO_METHOD = "No backup method available"
 
@@ -114,21 +115,20 @@ def find_method(settings: Settings, *, database: str | None = None) -> Method:
     Raises:
         KanbuError: That way, or with `auto` each, does not work; says why.
     """
-    ways = {PgMode.DIRECT: (_direct,), PgMode.DOCKER: (), PgMode.AUTO: (_direct,)}[settings.pg_mode]
+    if settings.pg_mode is not PgMode.AUTO:
+        return Method(*_WAYS[settings.pg_mode](settings, database))
     rejected: list[str] = []
-    for way in ways:
+    for mode, way in _WAYS.items():
         try:
-            access, state = way(settings, database)
+            return Method(*way(settings, database), tuple(rejected))
         except KanbuError as error:
-            if settings.pg_mode is not PgMode.AUTO:
-                raise
-            rejected.append(f"{way.__name__.strip('_')}: {error}")
-        else:
-            return Method(access, state, tuple(rejected))
+            rejected.append("; ".join((f"{mode.value}: {error.message}", *error.tried)))
     raise SourceError(
         f"{NO_METHOD}.",
         tried=tuple(rejected),
-        advice="Set DATABASE_URL for direct mode, or POSTGRES_CONTAINER for docker mode.",
+        advice="For direct mode (recommended in containers) set DATABASE_URL and install postgresql-client. For docker "
+        "mode start Docker, find the container with `docker ps | grep postgres`, and set POSTGRES_CONTAINER to its "
+        "name.",
     )
 
 
@@ -148,6 +148,14 @@ def _direct(settings: Settings, database: str | None) -> tuple[ServerAccess, Dat
     )
     chosen = choose_clients(available, state.server_version)
     return DirectAccess(str(chosen.folder), chosen.version, connection.server), state
+
+
+def _docker(settings: Settings, database: str | None) -> tuple[ServerAccess, DatabaseState]:
+    access = find_container(settings)
+    return access, inspect_database(access, settings, database=database)
+
+
+_WAYS = {PgMode.DIRECT: _direct, PgMode.DOCKER: _docker}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,206 @@
+"""A Docker engine of the tests' own, and PostgreSQL containers in it.
+
+What belongs here: starting `dockerd` on a socket and in folders of its own, touching neither the machine's engine nor
+its network, and ending it for certain. What does not: the image's contents (`postgres_image`), and the fixtures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import docker
+import pytest
+from docker.errors import DockerException
+
+from kanbu_backup_dagster_tests.postgres_image import image_configuration, installed_major, write_root_filesystem
+
+IMAGE = "kanbu-test/postgres"
+USER, PASSWORD, DATABASE = "kanbu", "s3cret/p@ss", "kanbu_in_container"
+_START_SECONDS = 30
+_STOP_SECONDS = 30
+_READY_SECONDS = 30
+_PR_SET_PDEATHSIG = 1
+
+
+def missing_for_an_engine() -> str | None:
+    """Why no engine can be started here, or None."""
+    if os.geteuid() != 0:
+        return "only root can start a Docker engine"
+    if shutil.which("dockerd") is None:
+        return "no dockerd: install docker.io"
+    if installed_major() is None:
+        return "no PostgreSQL server of Debian's to make an image of: install postgresql"
+    return None
+
+
+class DockerEngine:
+    """A running engine with the image `IMAGE`. A context manager: leaving it ends the engine and all in it."""
+
+    def __init__(self) -> None:
+        # Below /tmp, and short: the path of a unix socket has at most 107 characters.
+        self.root = Path(tempfile.mkdtemp(prefix="kanbu-docker-", dir="/tmp"))
+        self.host = f"unix://{self.root}/docker.sock"
+        self._daemon: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> DockerEngine:
+        try:
+            self._start()
+            self._import_image()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._daemon is not None and self._daemon.poll() is None:
+            self._daemon.terminate()
+            try:
+                self._daemon.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._daemon.kill()
+                self._daemon.wait()
+        self._end_what_outlives_the_daemon()
+        shutil.rmtree(self.root)
+
+    def _client(self) -> docker.DockerClient:
+        return docker.DockerClient(base_url=self.host)
+
+    @property
+    def daemon_pid(self) -> int:
+        assert self._daemon is not None
+        return self._daemon.pid
+
+    def command_line(self, *arguments: str) -> list[str]:
+        """The command of Docker's own command line client for this engine."""
+        return ["docker", "--host", self.host, *arguments]
+
+    @contextlib.contextmanager
+    def postgres(
+        self,
+        prefix: str = "postgres-",
+        *,
+        environment: dict[str, str] | None = None,
+        arguments: Sequence[str] = (),
+        network: str = "none",
+    ) -> Iterator[str]:
+        """The name of a PostgreSQL container that answers; it is removed at the end.
+
+        Args:
+            environment: Instead of the usual POSTGRES_USER, POSTGRES_PASSWORD and POSTGRES_DB.
+            arguments: For `postgres`.
+        """
+        name = prefix + secrets.token_hex(4)
+        variables = {"POSTGRES_USER": USER, "POSTGRES_PASSWORD": PASSWORD, "POSTGRES_DB": DATABASE}
+        options = [f"--env={key}={value}" for key, value in (variables if environment is None else environment).items()]
+        self.docker("run", "--detach", "--name", name, "--network", network, *options, IMAGE, *arguments)
+        try:
+            self._await_answer(name)
+            yield name
+        finally:
+            self.docker("rm", "--force", "--volumes", name)
+
+    def docker(self, *arguments: str) -> str:
+        """What Docker's own command line client prints."""
+        done = subprocess.run(self.command_line(*arguments), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def inside(self, container: str, *command: str) -> str:
+        """What a command in a container prints."""
+        return self.docker("exec", container, *command)
+
+    def _await_answer(self, container: str) -> None:
+        deadline = time.monotonic() + _READY_SECONDS
+        # Over TCP: while the database is being made a server may answer on the socket already.
+        ask = self.command_line("exec", container, "pg_isready", "-q", "-h", "127.0.0.1")
+        while subprocess.run(ask, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode != 0:
+            if time.monotonic() > deadline:
+                raise TimeoutError(self.docker("logs", container))
+            time.sleep(0.05)
+
+    def _start(self) -> None:
+        command = [
+            "dockerd",
+            *("--host", self.host, "--data-root", str(self.root / "data"), "--exec-root", str(self.root / "exec")),
+            *("--pidfile", str(self.root / "docker.pid"), "--exec-opt", "native.cgroupdriver=cgroupfs"),
+            *("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"),
+            "--userland-proxy=false",
+        ]
+        log = (self.root / "dockerd.log").open("wb")
+        with log:
+            self._daemon = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_end_with_us,
+            )
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                with contextlib.closing(self._client()) as client:
+                    client.ping()
+            except DockerException:
+                if self._daemon.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+                text = (self.root / "dockerd.log").read_text(errors="replace")
+                pytest.skip("dockerd does not start here: " + "".join(text.splitlines(keepends=True)[-5:]))
+            return
+
+    def _import_image(self) -> None:
+        major = installed_major()
+        assert major is not None
+        archive = self.root / "image.tar"
+        write_root_filesystem(archive, major)
+        with contextlib.closing(self._client()) as client:
+            client.api.import_image_from_file(
+                str(archive), repository=IMAGE, tag="latest", changes=image_configuration(major)
+            )
+        archive.unlink()
+
+    def _end_what_outlives_the_daemon(self) -> None:
+        """After a daemon that was killed: containers, their shims and mounts go on without it."""
+        for pid in _processes_naming(str(self.root)):
+            for child in _children(pid):
+                _kill(child)
+            _kill(pid)
+        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in sorted((path for path in mounted if path.startswith(f"{self.root}/")), reverse=True):
+            subprocess.run(["umount", "--lazy", mount], check=False)
+
+
+def _end_with_us() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _processes_naming(text: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(folder.name) != os.getpid() and text.encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        tasks = Path(f"/proc/{pid}/task").glob("*/children")
+        return [int(child) for task in tasks for child in task.read_text().split()]
+    return []
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
