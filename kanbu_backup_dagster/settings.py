@@ -50,6 +50,13 @@ class SchedulerMode(str, Enum):
     BOTH = "both"
 
 
+class OnUnreadable(str, Enum):
+    """What a file or folder that cannot be read does to a source backup."""
+
+    FAIL = "fail"
+    SKIP = "skip"
+
+
 def _known_zone(name: str) -> str:
     try:
         ZoneInfo(name)
@@ -77,6 +84,14 @@ class Settings(BaseSettings):
         "postgres-", alias="POSTGRES_CONTAINER_PATTERN", description="pattern to find the container by (docker mode)"
     )
     source_path: Path = Field(Path("/app"), alias="KANBU_SOURCE_PATH", description="the source tree to back up")
+    source_exclude: str = Field(
+        "", alias="BACKUP_SOURCE_EXCLUDE", description="further exclusions of a source backup: a/, *.b, /c/d/"
+    )
+    source_unreadable: OnUnreadable = Field(
+        OnUnreadable.FAIL,
+        alias="BACKUP_SOURCE_UNREADABLE",
+        description="fail, or skip what cannot be read in the source tree with a warning",
+    )
     encryption_key: SecretStr | None = Field(
         None, alias="BACKUP_ENCRYPTION_KEY", description="64 hex characters or a passphrase; turns encryption on"
     )
@@ -126,6 +141,11 @@ class Settings(BaseSettings):
         """The plain value of a secret field, or None when it is not set."""
         value = getattr(self, field)
         return value.get_secret_value() if value is not None else None
+
+    @property
+    def source_exclusions(self) -> tuple[str, ...]:
+        """The rules in BACKUP_SOURCE_EXCLUDE, which commas separate."""
+        return tuple(rule for part in self.source_exclude.split(",") if (rule := part.strip()))
 
     @property
     def storage_path(self) -> Path:
