@@ -23,7 +23,16 @@ from kanbu_backup_dagster.settings import OnUnreadable, Settings
 from kanbu_backup_dagster.sources import source_tree
 from kanbu_backup_dagster.sources.source_tree import CHUNK, SourceTree, prepare_archive
 from kanbu_backup_dagster.sources.tree_walk import STORAGE_RULE
-from kanbu_backup_dagster_tests.trees import archive, needs_tar, picture, stock_tar, unprivileged
+from kanbu_backup_dagster_tests.trees import (
+    archive,
+    grow_everything_a_tree_can_hold,
+    grow_sparse_files,
+    needs_tar,
+    picture,
+    set_time,
+    stock_tar,
+    unprivileged,
+)
 
 AS_ROOT = os.geteuid() == 0
 
@@ -33,61 +42,6 @@ def top(tmp_path: Path) -> Path:
     folder = tmp_path / "kanbu"
     folder.mkdir()
     return folder
-
-
-def set_time(path: Path | bytes, nanoseconds: int) -> None:
-    os.utime(path, ns=(nanoseconds, nanoseconds), follow_symlinks=False)
-
-
-def grow_everything_a_tree_can_hold(top: Path) -> None:
-    (top / "empty").mkdir()
-    (top / "empty").chmod(0o1755)
-    (top / "a.txt").write_text("two names")
-    os.link(top / "a.txt", top / "z.txt")
-    (top / "nothing").touch()
-    (top / "abs").symlink_to("/etc/passwd")
-    (top / "dangling").symlink_to("no/where")
-    (top / "loop").symlink_to(".")
-    (top / "outward").symlink_to("../../..")
-    (top / "long target").symlink_to("x/" * 150)
-    long = top / ("n" * 200) / ("m" * 255)
-    long.mkdir(parents=True)
-    (long / ("o" * 100)).write_text("deep")
-    os.link(long / ("o" * 100), top / "deep too")
-    for name, content in ((b"caf\xe9", b"latin"), ("naïve ☃".encode(), b"utf"), (b"new\nline", b"nl"), (b"-rf", b"-")):
-        with open(os.fsencode(top) + b"/" + name, "wb") as file:
-            file.write(content)
-    (top / "block").write_bytes(os.urandom(512))
-    (top / "chunk").write_bytes(os.urandom(CHUNK))
-    (top / "large").write_bytes(os.urandom(3 * CHUNK + 1))
-    for mode in (0o000, 0o444, 0o4755, 0o2711):
-        file = top / f"mode {mode:o}"
-        file.write_text("x")
-        file.chmod(mode)
-    for name, moment in (("old", -1_500_000_000), ("exact", 10**18), ("fine", 10**18 + 1), ("far", 2**33 * 10**9 + 5)):
-        (top / name).touch()
-        set_time(top / name, moment)
-    set_time(top / "dangling", 981173106_789000001)
-    if AS_ROOT:
-        os.chown(top / "block", 3_000_000, 3_000_001)
-        os.chown(top / "loop", 1000, 1001, follow_symlinks=False)
-    set_time(top, 1_234_567_890_123_456_789)
-
-
-def grow_sparse_files(top: Path) -> None:
-    def sparse(name: str, size: int, *data: tuple[int, bytes]) -> None:
-        with (top / name).open("wb") as file:
-            file.truncate(size)
-            for offset, content in data:
-                file.seek(offset)
-                file.write(content)
-
-    sparse("hole only", 1 << 24)
-    sparse("hole at both ends", 1 << 24, (5_000_000, b"middle"))
-    sparse("data at both ends", (1 << 24) + 7, (0, b"begin"), ((1 << 24) + 3, b"end!"))
-    sparse("many", 1 << 24, *((n << 16, os.urandom(5000)) for n in range(0, 200, 3)))
-    sparse("caf\udce9 " + "s" * 150, 1 << 22, (1 << 21, b"x"))
-    os.link(top / "many", top / "many again")
 
 
 @needs_tar
