@@ -44,12 +44,17 @@ def missing_for_an_engine() -> str | None:
 
 
 class DockerEngine:
-    """A running engine with the image `IMAGE`. A context manager: leaving it ends the engine and all in it."""
+    """A running engine with the image `IMAGE`. A context manager: leaving it ends the engine and all in it.
 
-    def __init__(self) -> None:
+    Args:
+        image: The image's file system, when another engine has written it already.
+    """
+
+    def __init__(self, image: Path | None = None) -> None:
         # Below /tmp, and short: the path of a unix socket has at most 107 characters.
         self.root = Path(tempfile.mkdtemp(prefix="kanbu-docker-", dir="/tmp"))
         self.host = f"unix://{self.root}/docker.sock"
+        self.image = image or self.root / "image.tar"
         self._daemon: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> DockerEngine:
@@ -99,15 +104,30 @@ class DockerEngine:
             environment: Instead of the usual POSTGRES_USER, POSTGRES_PASSWORD and POSTGRES_DB.
             arguments: For `postgres`.
         """
+        name = self.start_postgres(prefix, environment=environment, arguments=arguments, network=network)
+        try:
+            yield name
+        finally:
+            if name in self.docker("ps", "--all", "--format={{.Names}}").split():
+                self.docker("rm", "--force", "--volumes", name)
+
+    def start_postgres(
+        self,
+        prefix: str = "postgres-",
+        *,
+        environment: dict[str, str] | None = None,
+        arguments: Sequence[str] = (),
+        network: str = "none",
+    ) -> str:
+        """As `postgres`, with a container that stays as long as the engine."""
         name = prefix + secrets.token_hex(4)
         variables = {"POSTGRES_USER": USER, "POSTGRES_PASSWORD": PASSWORD, "POSTGRES_DB": DATABASE}
         options = [f"--env={key}={value}" for key, value in (variables if environment is None else environment).items()]
-        self.docker("run", "--detach", "--name", name, "--network", network, *options, IMAGE, *arguments)
-        try:
-            self._await_answer(name)
-            yield name
-        finally:
-            self.docker("rm", "--force", "--volumes", name)
+        self.docker(
+            "run", "--detach", "--name", name, "--network", network, "--stop-signal=SIGINT", *options, IMAGE, *arguments
+        )
+        self.await_answer(name)
+        return name
 
     def docker(self, *arguments: str) -> str:
         """What Docker's own command line client prints."""
@@ -119,7 +139,8 @@ class DockerEngine:
         """What a command in a container prints."""
         return self.docker("exec", container, *command)
 
-    def _await_answer(self, container: str) -> None:
+    def await_answer(self, container: str) -> None:
+        """Wait until the server in a container takes connections."""
         deadline = time.monotonic() + _READY_SECONDS
         # Over TCP: while the database is being made a server may answer on the socket already.
         ask = self.command_line("exec", container, "pg_isready", "-q", "-h", "127.0.0.1")
@@ -162,13 +183,12 @@ class DockerEngine:
     def _import_image(self) -> None:
         major = installed_major()
         assert major is not None
-        archive = self.root / "image.tar"
-        write_root_filesystem(archive, major)
+        if not self.image.exists():
+            write_root_filesystem(self.image, major)
         with contextlib.closing(self._client()) as client:
             client.api.import_image_from_file(
-                str(archive), repository=IMAGE, tag="latest", changes=image_configuration(major)
+                str(self.image), repository=IMAGE, tag="latest", changes=image_configuration(major)
             )
-        archive.unlink()
 
     def _end_what_outlives_the_daemon(self) -> None:
         """After a daemon that was killed: containers, their shims and mounts go on without it."""

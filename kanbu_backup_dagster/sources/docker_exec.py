@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import select
+import signal
 import socket
 import ssl
 import struct
@@ -53,11 +54,14 @@ SIGN_OF_LIFE_SECONDS = 5.0
 GUARD_PATIENCE_SECONDS = 60
 """After how long without a sign of life the guard ends the program."""
 
+ENDING_SECONDS = 15.0
+"""How long is waited for a program that was ended."""
+
 _HEADER = struct.Struct(">BxxxL")
 _STDOUT = 1
 _GATHER_SECONDS = 0.01
-_ENDING_SECONDS = 15.0
 _POLL_SECONDS = 0.02
+_KILL_SECONDS = 1.0  # from the death of its programs until the engine says that a container is dead
 _FAULTS = (DockerException, requests.RequestException, OSError)
 
 # Its number first, on stderr, so that the guard knows whom to end; then the program takes the shell's place.
@@ -336,16 +340,27 @@ class ExecProcess:
                     asked = time.monotonic()
                     self._look_after_silence()
             status: int = answer["ExitCode"]
-            if status != 0 and self._container_state()["StartedAt"] != self._started_at:
-                raise SourceError(f"The container {self._container} was restarted while {self._tool} ran.")
-        self._ended = True
+            self._ended = True
+            if status != 0:
+                self._look_after_failure(status)
         if not self._stream.frames.whole:
             raise SourceError(f"The connection to {self._tool} in the container {self._container} broke off.")
         # A shell's way, and the engine's, to tell of a signal.
         return 128 - status if 128 < status < 160 else status
 
+    def _look_after_failure(self, status: int) -> None:
+        """Raises SourceError when the container's end was the program's."""
+        deadline = time.monotonic() + (_KILL_SECONDS if status == 128 + signal.SIGKILL else 0)
+        while self._container_state()["StartedAt"] == self._started_at:
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(_POLL_SECONDS)
+        raise SourceError(f"The container {self._container} was restarted while {self._tool} ran.")
+
     def _container_state(self) -> dict[str, Any]:
         state: dict[str, Any] = self._api.inspect_container(self._container)["State"]
+        if state["Status"] in ("removing", "dead"):
+            raise SourceError(_gone(self._container))
         if not state["Running"]:
             raise SourceError(f"The container {self._container} is not running: it is {state['Status']}.")
         return state
@@ -361,11 +376,15 @@ class ExecProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._guard.dismiss(ended=self._ended or not self._may_run())
+            self._ended = self._ended or not self._may_run()
+            self._guard.dismiss(ended=self._ended)
         finally:
             self._stream.close()
-            deadline = time.monotonic() + _ENDING_SECONDS
-            while not self._ended and time.monotonic() < deadline and self._may_run():
+            deadline = time.monotonic() + ENDING_SECONDS
+            while not self._ended and self._may_run():
+                if time.monotonic() > deadline:
+                    self._warn("it does not end")
+                    break
                 time.sleep(_POLL_SECONDS)
             self._api.close()
 
@@ -375,9 +394,12 @@ class ExecProcess:
         except NotFound:
             return False
         except _FAULTS as error:
-            _log.warning("%s may still run in the container %s: %s", self._tool, self._container, error)
-            return True
+            self._warn(str(error))
+            return False
         return running
+
+    def _warn(self, reason: str) -> None:
+        _log.warning("%s may still run in the container %s: %s", self._tool, self._container, reason)
 
 
 class _Guard:
@@ -395,25 +417,32 @@ class _Guard:
         """Go, ending the program first unless it has `ended`."""
         self._ended = ended
         self._dismissed.set()
-        self._thread.join(_ENDING_SECONDS)
+        self._thread.join(ENDING_SECONDS)
 
     def _keep(self) -> None:
         if self._dismissed.wait(GUARD_AFTER_SECONDS) and self._ended:
             return
-        try:
-            client = connect()
-            with contextlib.closing(client):
-                command = ["sh", "-c", _GUARD, str(self._process_number), str(GUARD_PATIENCE_SECONDS)]
-                guard = client.api.exec_create(self._container, command, stdin=True)["Id"]
-                with contextlib.closing(ExecStream(client.api, guard)) as stream:
-                    while not self._dismissed.wait(SIGN_OF_LIFE_SECONDS):
-                        stream.write(b"alive\n")
-                    stream.write(b"done\n" if self._ended else b"end\n")
-        except _FAULTS as error:
-            if not self._ended:
-                _log.warning(
-                    "The guard of a program in the container %s cannot do its work: %s", self._container, error
-                )
+        while True:
+            try:
+                self._stand()
+            except _FAULTS as error:
+                reason = error
+            else:
+                return
+            # A paused container lets no guard in; later it may.
+            if self._dismissed.wait(SIGN_OF_LIFE_SECONDS):
+                break
+        if not self._ended:
+            _log.warning("Nobody ended a program in the container %s: %s", self._container, reason)
+
+    def _stand(self) -> None:
+        command = ["sh", "-c", _GUARD, str(self._process_number), str(GUARD_PATIENCE_SECONDS)]
+        with contextlib.closing(connect()) as client:
+            guard = client.api.exec_create(self._container, command, stdin=True)["Id"]
+            with contextlib.closing(ExecStream(client.api, guard)) as stream:
+                while not self._dismissed.wait(SIGN_OF_LIFE_SECONDS):
+                    stream.write(b"alive\n")
+                stream.write(b"done\n" if self._ended else b"end\n")
 
 
 @contextlib.contextmanager
@@ -422,10 +451,14 @@ def engine_faults(container: str) -> Iterator[None]:
     try:
         yield
     except NotFound:
-        raise SourceError(f"The container {container} is gone: it was removed.") from None
+        raise SourceError(_gone(container)) from None
     except APIError as error:
         raise SourceError(f"The Docker engine refuses to work with {container}: {error.explanation}") from None
     except _FAULTS as error:
         raise SourceError(
             f"The Docker engine does not answer: {error}.", advice="See whether `docker ps` does, then run again."
         ) from None
+
+
+def _gone(container: str) -> str:
+    return f"The container {container} is gone: it was removed."
