@@ -13,6 +13,7 @@ from dagster import Definitions, in_process_executor
 from kanbu_backup_dagster.orchestration.assets import ASSETS
 from kanbu_backup_dagster.orchestration.jobs import JOBS
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
+from kanbu_backup_dagster.orchestration.restore_ops import RESTORE_ASSETS
 from kanbu_backup_dagster.orchestration.run_scope import run_scope
 
 
@@ -23,7 +24,7 @@ def build_definitions(*, resource_overrides: Mapping[str, Any] | None = None) ->
         resource_overrides: Resources in place of the usual ones, by name; for tests.
     """
     return Definitions(
-        assets=ASSETS,
+        assets=[*ASSETS, *RESTORE_ASSETS],
         jobs=JOBS,
         resources={"environment": BackupEnvironment(), "run_scope": run_scope, **(resource_overrides or {})},
         # The stream flows within one op, so a process per op would only add its start: 1.5 seconds each.

@@ -8,6 +8,7 @@ work, which the library rooms do. `store` alone moves bytes; see `backup.recipe`
 
 import time
 from dataclasses import dataclass
+from datetime import datetime
 
 from dagster import Failure, MetadataValue, OpExecutionContext, ResourceParam, op
 
@@ -19,7 +20,7 @@ from kanbu_backup_dagster.backup.manifest import Trigger, VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.backup.recipe import Recipe
 from kanbu_backup_dagster.backup.verification import verify as verify_file
-from kanbu_backup_dagster.errors import StorageError
+from kanbu_backup_dagster.errors import KanbuError, StorageError
 from kanbu_backup_dagster.orchestration.assets import (
     BACKUP_ASSETS,
     backup_metadata,
@@ -31,16 +32,19 @@ from kanbu_backup_dagster.orchestration.known_storage import prepare_storage
 from kanbu_backup_dagster.orchestration.progress import reporter
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.run_scope import RunScope
-from kanbu_backup_dagster.orchestration.tags import SCHEDULE_ID, SCHEDULE_NAME, TRIGGER
+from kanbu_backup_dagster.orchestration.tags import RESTORE_DATABASE, SCHEDULE_ID, SCHEDULE_NAME, TRIGGER
+from kanbu_backup_dagster.restore.swap import drop_replaced
+from kanbu_backup_dagster.sources.commands import ServerAccess
 from kanbu_backup_dagster.sources.postgres import PostgresDump, prepare_dump
 
 
 @dataclass(frozen=True)
 class StoredBackup:
-    """What `store` hands on: the file's name and type."""
+    """What `store` hands on: the file's name and type, and for a database how its server was reached."""
 
     filename: str
     type: BackupType
+    access: ServerAccess | None = None
 
 
 def origin_of(context: OpExecutionContext) -> Origin:
@@ -48,17 +52,28 @@ def origin_of(context: OpExecutionContext) -> Origin:
     tags = context.run.tags
     schedule_id = tags.get(SCHEDULE_ID)
     return Origin(
-        trigger=Trigger(tags.get(TRIGGER, Trigger.MANUAL.value)),
+        trigger=(
+            Trigger.PRE_RESTORE
+            if context.job_name == RESTORE_DATABASE
+            else Trigger(tags.get(TRIGGER, Trigger.MANUAL.value))
+        ),
         schedule_id=int(schedule_id) if schedule_id else None,
         schedule_name=tags.get(SCHEDULE_NAME),
         run_id=context.run_id,
     )
 
 
+@dataclass(frozen=True)
+class OtherDatabase:
+    """A database of the same server to dump in place of DATABASE_URL's."""
+
+    name: str
+
+
 @op(description="Chooses how to reach the database, connects, and describes its dump.")
-def dump(context: OpExecutionContext, environment: BackupEnvironment) -> Recipe:
+def dump(context: OpExecutionContext, environment: BackupEnvironment, other: OtherDatabase | None = None) -> Recipe:
     with explained():
-        source, method = prepare_dump(environment.load().settings)
+        source, method = prepare_dump(environment.load().settings, database=other.name if other else None)
     for reason in method.rejected:
         context.log.warning(f"[Backup] Left: {reason}")
     state = method.state
@@ -133,7 +148,8 @@ def store(
     context.log_event(materialization(manifest, path))
     context.add_output_metadata(backup_metadata(manifest, path))
     context.log.info(f"[Backup] Stored {path}: {manifest.stored_bytes:,} bytes")
-    return StoredBackup(manifest.filename, manifest.type)
+    access = recipe.source.access if isinstance(recipe.source, PostgresDump) else None
+    return StoredBackup(manifest.filename, manifest.type, access)
 
 
 def _last_backup(loaded: Environment, backup_type: BackupType) -> Backup | None:
@@ -156,7 +172,9 @@ def verify(context: OpExecutionContext, stored: StoredBackup, environment: Backu
             loaded.keys,
             on_bytes=lambda count: report(Progress(count, backup.file.size, time.monotonic() - begun)),
         )
-        loaded.catalog.amend(stored.filename, lambda manifest: manifest.model_copy(update={"verification": verdict}))
+        manifest = loaded.catalog.amend(
+            stored.filename, lambda manifest: manifest.model_copy(update={"verification": verdict})
+        )
     context.add_output_metadata({"verification": verdict.status.value, "seconds": round(time.monotonic() - begun, 3)})
     if verdict.status is not VerificationStatus.VERIFIED:
         raise Failure(
@@ -165,7 +183,22 @@ def verify(context: OpExecutionContext, stored: StoredBackup, environment: Backu
             allow_retries=False,
         )
     context.log.info(f"[Backup] Verified {stored.filename}")
+    if manifest.database is not None and stored.access is not None:
+        _drop_replaced(context, loaded, stored.access, manifest.database.name, manifest.created_at)
     return stored
+
+
+def _drop_replaced(
+    context: OpExecutionContext, loaded: Environment, access: ServerAccess, database: str, backed_up_at: datetime
+) -> None:
+    """Let go of what restores replaced, now that what they put in its place has a verified backup."""
+    try:
+        told = drop_replaced(access, loaded.settings, database, before=backed_up_at)
+    except KanbuError as error:
+        context.log.warning(f"[Backup] Replaced databases could not be looked for: {error}")
+        return
+    for line in told:
+        context.log.info(f"[Backup] {line}")
 
 
 @op(description="Deletes what the retention policies let go.")

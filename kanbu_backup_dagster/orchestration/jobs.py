@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dagster import job
+from dagster import in_process_executor, job
 
 from kanbu_backup_dagster.backup.names import BackupType
-from kanbu_backup_dagster.orchestration import backup_ops, tags
+from kanbu_backup_dagster.orchestration import backup_ops, restore_ops, tags
 
 
 @job(
@@ -17,4 +17,22 @@ def database_backup() -> None:
     backup_ops.prune(backup_ops.verify(backup_ops.store(recipe)))
 
 
-JOBS = [database_backup]
+@job(
+    name=tags.RESTORE_DATABASE,
+    description="Replaces the database by a backup of it, once both confirmations are given: loaded and checked aside, "
+    "then swapped in. What was replaced is backed up first, and kept.",
+    tags={tags.TYPE: BackupType.DATABASE.value, tags.TARGET: BackupType.DATABASE.value},
+    # One process holds the target's lock for all ops, so this is not left to the definitions' choice.
+    executor_def=in_process_executor,
+)
+def restore_database() -> None:
+    plan, save, nothing_to_save = restore_ops.validate()
+    recipe = backup_ops.encrypt(backup_ops.checksum(backup_ops.compress(backup_ops.dump(save))))
+    saved = [backup_ops.verify(backup_ops.store(recipe)), nothing_to_save]
+    loading = restore_ops.load(plan, saved)
+    checking = restore_ops.check(plan, loading)
+    swapping = restore_ops.swap(plan, checking)
+    restore_ops.report(plan, saved, loading, checking, swapping)
+
+
+JOBS = [database_backup, restore_database]

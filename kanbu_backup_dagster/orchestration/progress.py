@@ -19,8 +19,13 @@ _LOG_EVERY_SECONDS = 5.0
 listener: ContextVar[Callable[[Progress], None] | None] = ContextVar("listener", default=None)
 
 
-def reporter(context: OpExecutionContext, doing: str) -> Callable[[Progress], None]:
-    """A callback for a stream: logs every few seconds, and tells the listener each time."""
+def reporter(context: OpExecutionContext, doing: str, *, of: str = "Backup") -> Callable[[Progress], None]:
+    """A callback for a stream: logs every few seconds, and tells the listener each time.
+
+    Args:
+        doing: What is being done to the bytes.
+        of: What kind of run it is.
+    """
     listening = listener.get()
     last = time.monotonic()
 
@@ -31,6 +36,6 @@ def reporter(context: OpExecutionContext, doing: str) -> Callable[[Progress], No
         now = time.monotonic()
         if now - last >= _LOG_EVERY_SECONDS:
             last = now
-            context.log.info(f"[Backup] {doing}: {progress}")
+            context.log.info(f"[{of}] {doing}: {progress}")
 
     return report

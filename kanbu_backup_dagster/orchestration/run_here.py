@@ -6,7 +6,7 @@ What belongs here: starting a run and telling how it ended. What does not: any j
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dagster import DagsterEventType, execute_job
@@ -31,12 +31,14 @@ class Outcome:
     Attributes:
         materialized: The asset partitions it made, in order: names of backup files.
         errors: What the failed steps said, for the user.
+        report: The plain values of the metadata of the last asset that was materialized.
     """
 
     run_id: str
     success: bool
     materialized: tuple[str, ...]
     errors: tuple[KanbuError, ...]
+    report: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def error(self) -> KanbuError:
@@ -79,7 +81,13 @@ def run_job(
                     for event in result.all_events
                     if event.event_type is DagsterEventType.STEP_FAILURE
                 )
-                return Outcome(result.run_id, result.success, materialized, failed)
+                reports = [
+                    event.step_materialization_data.materialization.metadata
+                    for event in result.all_events
+                    if event.event_type is DagsterEventType.ASSET_MATERIALIZATION
+                ]
+                report = {name: entry.value for name, entry in reports[-1].items()} if reports else {}
+                return Outcome(result.run_id, result.success, materialized, failed, report)
     finally:
         progress.listener.reset(token)
 

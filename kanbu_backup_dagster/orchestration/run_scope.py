@@ -26,6 +26,7 @@ class RunScope:
         self._job = job
         self._run_id = run_id
         self._held: dict[str, bool] = {}
+        self._owed: set[str] = set()
 
     def hold(self, name: str, *, exclusive: bool, wait_seconds: float = 0) -> None:
         """Hold the lock `name` until the run ends; what the run holds already it holds.
@@ -39,9 +40,11 @@ class RunScope:
         self._stack.enter_context(self._locks.hold(name, holder, exclusive=exclusive, wait_seconds=wait_seconds))
         self._held[name] = exclusive
 
-    def at_end(self, duty: Callable[[], None]) -> None:
-        """Do `duty` when the run ends, before any lock taken so far is given back."""
-        self._stack.callback(duty)
+    def at_end(self, name: str, duty: Callable[[], None]) -> None:
+        """Do `duty` when the run ends, before any lock taken so far is given back; once, whoever owes it again."""
+        if name not in self._owed:
+            self._owed.add(name)
+            self._stack.callback(duty)
 
 
 @resource(description="Locks and clean-up that last as long as the run.")

@@ -114,5 +114,6 @@ def test_duties_are_done_before_the_lock_is_given_back(locks: FolderLocks) -> No
     with ExitStack() as stack:
         scope = RunScope(stack, locks, "restore_database", "x")
         scope.hold("kanbu", exclusive=True)
-        scope.at_end(duty)
+        scope.at_end("duty", duty)
+        scope.at_end("duty", duty)
     assert done == ["duty"]

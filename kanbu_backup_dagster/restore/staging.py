@@ -1,0 +1,301 @@
+"""The staging database: where a backup is loaded and looked at before anything live changes.
+
+What belongs here: making it like the database it may replace, loading a backup into it, dropping it. What does not:
+judging the backup beforehand (`plan`) or the result (`checks`), and giving it the live name (`swap`).
+
+psql is fed under `\\restrict` with a key of our own, so that no line of a dump can make it do more than send SQL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+from kanbu_backup_dagster.backup.catalog import Backup
+from kanbu_backup_dagster.backup.keys import Keyring
+from kanbu_backup_dagster.backup.landing import Progress
+from kanbu_backup_dagster.backup.reading import content
+from kanbu_backup_dagster.backup.sql_dump import DumpFindings, DumpScanner, PsqlInputFilter
+from kanbu_backup_dagster.backup.stages import decompress
+from kanbu_backup_dagster.errors import CorruptBackupError, RestoreError, SourceError
+from kanbu_backup_dagster.restore.server import Database, Server, find_databases, run
+from kanbu_backup_dagster.settings import Settings
+from kanbu_backup_dagster.sources.commands import Process, execute, query, quote_identifier, quote_literal
+from kanbu_backup_dagster.storage.protocol import Storage
+
+_PREFIX = "kanbu_staging_"
+_CLIENT_ENCODING = re.compile(rb"^SET client_encoding = '(\w+)';", re.MULTILINE)
+_DATABASE_STATEMENT = re.compile(rb"^(?:CREATE|DROP) DATABASE ", re.MULTILINE)
+_SUBSCRIPTIONS_SQL = (
+    "SELECT subname FROM pg_subscription WHERE subdbid = "
+    "(SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+_HEAD_BYTES = 1 << 14
+_PSQL_LINE = re.compile(r"^psql:<stdin>:(\d+): ", re.MULTILINE)
+
+# Each statement of a dump is a transaction; waiting for each to reach the disk is of no use before the swap, whose own
+# commit brings everything before it to disk. A database may default to read-only, as a lock on its users.
+_SESSION = "SET synchronous_commit = off; SET default_transaction_read_only = off;"
+
+
+def staging_prefix(target: str) -> str:
+    """How names of staging databases for the database `target` begin."""
+    return f"{_PREFIX}{hashlib.sha256(target.encode()).hexdigest()[:8]}_"
+
+
+def new_staging_name(target: str) -> str:
+    """A new name; 30 characters, so that nothing is cut off."""
+    return staging_prefix(target) + secrets.token_hex(4)
+
+
+def create_staging(
+    server: Server, settings: Settings, name: str, *, like: Database | None, encoding: str | None
+) -> None:
+    """Make the empty database `name`.
+
+    Args:
+        like: The database it is to replace: its owner, encoding, locale, tablespace and settings.
+        encoding: The dump's, for a database that replaces none.
+
+    Raises:
+        SourceError: The server refused.
+    """
+    if like is not None:
+        options = [*like.creation_options()]
+    else:
+        template = find_databases(server, settings)["template0"]
+        options = []
+        if encoding is not None and encoding != template.encoding:
+            options.append(f"ENCODING {quote_literal(encoding)}")
+            # A locale goes with one encoding; C and POSIX go with all.
+            options += ["LC_COLLATE 'C'", "LC_CTYPE 'C'"]
+            if server.major >= 15:
+                options.append("LOCALE_PROVIDER libc")
+    run(
+        server,
+        settings,
+        [
+            f"CREATE DATABASE {quote_identifier(name)} TEMPLATE template0 {' '.join(options)};",
+            *(like.setting_statements(name) if like is not None else ()),
+        ],
+    )
+
+
+def drop_database(server: Server, settings: Settings, name: str) -> None:
+    """Drop the database `name`, if there is one, ending connections to it.
+
+    Raises:
+        SourceError: The server refused.
+    """
+    found = find_databases(server, settings).get(name)
+    if found is not None:
+        if found.catalog_row["datistemplate"]:
+            run(server, settings, [f"ALTER DATABASE {quote_identifier(name)} IS_TEMPLATE false;"])
+        run(server, settings, [f"DROP DATABASE IF EXISTS {quote_identifier(name)} WITH (FORCE);"])
+
+
+def drop_staging(server: Server, settings: Settings, name: str) -> None:
+    """Drop the staging database `name`, if there is one.
+
+    Raises:
+        SourceError: The server refused.
+    """
+    if name in find_databases(server, settings):
+        # A database with subscriptions cannot be dropped. These came from the dump and never had a slot of their own:
+        # the one they name belongs to the live database's.
+        for row in query(server.access, settings, _SUBSCRIPTIONS_SQL, database=name):
+            subscription = quote_identifier(row["subname"])
+            statements = (
+                f"ALTER SUBSCRIPTION {subscription} DISABLE;\n"
+                f"ALTER SUBSCRIPTION {subscription} SET (slot_name = NONE);\n"
+                f"DROP SUBSCRIPTION {subscription};\n"
+            )
+            execute(server.access, settings, statements, database=name)
+        drop_database(server, settings, name)
+
+
+def drop_leftovers(server: Server, settings: Settings, target: str) -> list[str]:
+    """Drop the staging databases that killed restores of `target` left.
+
+    The caller holds the lock on the target, so none of them is in use.
+
+    Returns:
+        Their names.
+    """
+    prefix = staging_prefix(target)
+    names = [name for name in find_databases(server, settings) if name.startswith(prefix)]
+    for name in names:
+        drop_staging(server, settings, name)
+    return names
+
+
+@dataclass(frozen=True)
+class DumpHead:
+    """What the first lines of a dump tell.
+
+    Attributes:
+        encoding: The encoding of the database that was dumped; None when they do not say.
+        creates_database: Whether it drops or makes a database by itself (`pg_dump --create`).
+    """
+
+    encoding: str | None
+    creates_database: bool
+
+
+def read_head(backup: Backup, storage: Storage, keys: Keyring) -> DumpHead:
+    """Read the first lines of a backup that was proven.
+
+    Raises:
+        CorruptBackupError: It is not gzip although its name says so.
+    """
+    head = b""
+    with closing(_sql(backup, content(backup, storage, keys))) as chunks:  # type: ignore[type-var]
+        for chunk in chunks:
+            head += chunk
+            if len(head) >= _HEAD_BYTES:
+                break
+    encoding = _CLIENT_ENCODING.search(head)
+    return DumpHead(encoding[1].decode() if encoding else None, _DATABASE_STATEMENT.search(head) is not None)
+
+
+def _sql(backup: Backup, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    return decompress(chunks) if backup.name.compressed else chunks
+
+
+def content_hash(
+    backup: Backup, storage: Storage, keys: Keyring, *, on_bytes: Callable[[int], None] = lambda count: None
+) -> str:
+    """The first pass: read, decrypt and verify all of the file, and hand nothing on.
+
+    Args:
+        on_bytes: Told how many content bytes were read so far.
+
+    Returns:
+        SHA-256 of the content, hex: what the second pass must see again.
+
+    Raises:
+        EncryptionKeyError: The file is encrypted and its key is not set.
+        CorruptBackupError: "Checksum mismatch": it is not what was written.
+    """
+    seen, total = hashlib.sha256(), 0
+    for chunk in content(backup, storage, keys):
+        seen.update(chunk)
+        total += len(chunk)
+        on_bytes(total)
+    return seen.hexdigest()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded.
+
+    Attributes:
+        sql_bytes: Bytes of SQL in the file.
+        seconds: How long loading took.
+        left_out: Statements that were left out, each with its reason.
+        findings: What a file without manifest was found to hold; None for others, whose manifest says.
+    """
+
+    sql_bytes: int
+    seconds: float
+    left_out: tuple[str, ...]
+    findings: DumpFindings | None
+
+
+def load(
+    backup: Backup,
+    storage: Storage,
+    keys: Keyring,
+    server: Server,
+    settings: Settings,
+    database: str,
+    *,
+    proven_hash: str,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Loaded:
+    """The second pass: decrypt, decompress and feed psql, verifying once more what was fed.
+
+    Args:
+        database: The staging database, empty; of no use after a failure.
+        proven_hash: What `content_hash` gave.
+
+    Raises:
+        RestoreError: An SQL statement failed; says which line of the dump, and the server's words.
+        CorruptBackupError: The file is not what the first pass read, or not a whole dump.
+    """
+    begun = time.monotonic()
+    seen = hashlib.sha256()
+    manifest = backup.manifest
+    scanner = DumpScanner() if manifest is None else None
+    strainer = PsqlInputFilter(server.settings)
+    total, estimate = 0, manifest.raw_bytes if manifest else 0
+
+    def watched(chunks: Iterator[bytes]) -> Iterator[bytes]:
+        nonlocal total
+        for chunk in chunks:
+            if scanner is not None:
+                scanner.feed(chunk)
+            yield chunk
+            total += len(chunk)
+            on_progress(Progress(total, estimate, time.monotonic() - begun))
+
+    head = f"\\restrict {secrets.token_hex(16)}\n{_SESSION}\n"
+    arguments = [
+        "--no-psqlrc",
+        "--no-password",
+        "--quiet",
+        "--set=ON_ERROR_STOP=1",
+        "--output=/dev/null",
+        "--file=-",
+    ]
+    with server.access.start(settings, "psql", arguments, database=database, feeds=True) as process:
+        try:
+            process.write(head.encode())
+            with closing(_sql(backup, _hashed(content(backup, storage, keys), seen.update))) as chunks:  # type: ignore[type-var]
+                for passed in strainer(watched(chunks)):
+                    process.write(passed)
+            process.close_input()
+        except BrokenPipeError:
+            raise _failure(process, head.count("\n")) from None
+        for _ in process.chunks():  # --output leaves nothing to read; the end is when psql has run everything
+            continue
+        if process.wait() != 0:
+            raise _failure(process, head.count("\n"))
+    if seen.hexdigest() != proven_hash:
+        raise CorruptBackupError(
+            f"Checksum mismatch: {backup.filename} changed while it was being restored.",
+            advice="Nothing was replaced. Try again, or a different backup.",
+        )
+    return Loaded(total, time.monotonic() - begun, tuple(strainer.left_out), _findings(backup, scanner))
+
+
+def _hashed(chunks: Iterator[bytes], update: Callable[[bytes], None]) -> Iterator[bytes]:
+    for chunk in chunks:
+        update(chunk)
+        yield chunk
+
+
+def _findings(backup: Backup, scanner: DumpScanner | None) -> DumpFindings | None:
+    try:
+        return scanner.finish() if scanner is not None else None
+    except SourceError as error:
+        raise CorruptBackupError(
+            f"{backup.filename}: {error.message}", advice="Nothing was replaced. Try a different backup."
+        ) from None
+
+
+def _failure(process: Process, lines_before: int) -> RestoreError:
+    status = process.wait()
+    said = process.stderr
+    if status < 0 and not said:
+        said = f"psql was ended by signal {-status}"
+    said = _PSQL_LINE.sub(lambda match: f"line {int(match[1]) - lines_before} of the dump: ", said)
+    return RestoreError(
+        f"The backup cannot be loaded: {said or f'psql ended with {status}'}",
+        advice="Nothing was replaced: the backup was being loaded into a staging database, which is dropped.",
+    )

@@ -1,0 +1,130 @@
+"""A database to back up and restore: one `Bench` a test, on a real server."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from kanbu_backup_dagster.backup.keys import Keyring, load_keyring
+from kanbu_backup_dagster.backup.landing import Origin, make_backup
+from kanbu_backup_dagster.backup.manifest import Manifest
+from kanbu_backup_dagster.backup.recipe import Recipe
+from kanbu_backup_dagster.restore.database import abandon, check_staging, load_staging, swap_in
+from kanbu_backup_dagster.restore.plan import RestorePlan, RestoreRequest, plan_restore
+from kanbu_backup_dagster.restore.swap import Swapped
+from kanbu_backup_dagster.settings import Settings, load_settings
+from kanbu_backup_dagster.sources.postgres import prepare_dump
+from kanbu_backup_dagster.storage.open import open_storage
+from kanbu_backup_dagster.storage.protocol import Storage
+from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A server, a database on it, a storage; and what tests do with them."""
+
+    postgres: PostgresForTest
+    url: str
+    storage_folder: Path
+    settings: Settings
+    keys: Keyring
+    storage: Storage
+
+    @property
+    def name(self) -> str:
+        return self.postgres.database_name(self.url)
+
+    def backup(self) -> Manifest:
+        """A backup of the database, as the job makes it."""
+        source, _ = prepare_dump(self.settings)
+        recipe = Recipe(source).with_compression(2).with_checksum()
+        if self.keys.current is not None:
+            recipe = recipe.with_encryption(self.keys.current.key_id)
+        self.storage.prepare()
+        return make_backup(recipe, settings=self.settings, keys=self.keys, storage=self.storage, origin=Origin())
+
+    def legacy(self, content: bytes, name: str = "kanbu_backup_2026-01-01T00-00-00.sql") -> str:
+        """A file without manifest, as Kanbu's older releases left them."""
+        self.storage.prepare()
+        (self.storage_folder / name).write_bytes(content)
+        return name
+
+    def plan(self, file: str, **options: object) -> RestorePlan:
+        request = RestoreRequest(file, confirm_overwrite=True, confirm_target=self.name)
+        return plan_restore(replace(request, **options), self.settings, self.storage, self.keys)  # type: ignore[arg-type]
+
+    def restore(self, file: str, **options: object) -> Swapped:
+        """The steps of a restore in order; the staging database is gone afterwards, as after the job."""
+        plan = self.plan(file, **options)
+        try:
+            loaded = load_staging(plan, self.settings, self.storage, self.keys)
+            check_staging(plan, self.settings, self.storage, self.keys, loaded)
+            return swap_in(plan, self.settings)
+        finally:
+            abandon(plan, self.settings)
+
+    def sql(self, script: str, database: str | None = None) -> str:
+        return self.postgres.server.psql(script, database or self.name)
+
+    def databases(self) -> set[str]:
+        """All databases of this test: its own, and what restores made beside it."""
+        names = set(self.postgres.server.psql("SELECT datname FROM pg_database").splitlines())
+        return {name for name in names if name.startswith((self.name, "kanbu_staging_"))}
+
+    def dump(self, *, pg_dump: Path | None = None) -> bytes:
+        """Everything pg_dump tells of the database, its own properties too; the same for the same database."""
+        program = pg_dump or self.postgres.bin_folder / "pg_dump"
+        return subprocess.run(
+            [program, "--create", "--restrict-key=fixed", "-d", self.url], check=True, capture_output=True
+        ).stdout
+
+
+def make_bench(
+    postgres: PostgresForTest, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, key: str | None = None
+) -> Bench:
+    monkeypatch.setenv("DATABASE_URL", url)
+    monkeypatch.setenv("BACKUP_LOCAL_PATH", str(folder))
+    if key is not None:
+        monkeypatch.setenv("BACKUP_ENCRYPTION_KEY", key)
+    settings = load_settings()
+    return Bench(postgres, url, folder, settings, load_keyring(settings), open_storage(settings))
+
+
+def drop_what_restores_left(bench: Bench) -> None:
+    for name in bench.databases():
+        # A database with a subscription cannot be dropped.
+        if (
+            bench.postgres.server.psql(
+                f"SELECT count(*) FROM pg_subscription JOIN pg_database d ON d.oid = subdbid WHERE datname = '{name}'"
+            )
+            != "0\n"
+        ):
+            bench.sql("DROP SUBSCRIPTION idle", name)
+    for name in bench.databases() - {bench.name}:
+        bench.postgres.server.psql(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture
+def bench(newest_postgres: PostgresForTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """The sample project board on the newest server, no key set."""
+    made = make_bench(newest_postgres, newest_postgres.sample_database(), tmp_path / "storage", monkeypatch)
+    yield made
+    drop_what_restores_left(made)
+
+
+@pytest.fixture
+def sealed_bench(newest_postgres: PostgresForTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """The same with a key set."""
+    made = make_bench(
+        newest_postgres,
+        newest_postgres.sample_database(),
+        tmp_path / "storage",
+        monkeypatch,
+        key="a key for tests",
+    )
+    yield made
+    drop_what_restores_left(made)
