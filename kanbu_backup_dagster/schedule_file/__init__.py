@@ -6,6 +6,7 @@ What belongs here: the file's contents as models (`model`), reading it with ever
 """
 
 from kanbu_backup_dagster.schedule_file.cron import cron_problem, describe_cron, next_runs
+from kanbu_backup_dagster.schedule_file.edit import add_schedule, edit_schedule, remove_schedule
 from kanbu_backup_dagster.schedule_file.load import Problem, ScheduleFile, load_schedule_file, parse_schedule_file
 from kanbu_backup_dagster.schedule_file.model import (
     FORMAT_VERSION,
@@ -32,10 +33,13 @@ __all__ = [
     "ScheduleFile",
     "ScheduleType",
     "WebhookFormat",
+    "add_schedule",
     "cron_problem",
     "describe_cron",
+    "edit_schedule",
     "load_schedule_file",
     "next_runs",
     "parse_schedule_file",
+    "remove_schedule",
     "schema_text",
 ]

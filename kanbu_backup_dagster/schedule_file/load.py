@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
-from ruamel.yaml.reader import ReaderError
 
 from kanbu_backup_dagster.schedule_file.model import (
     FORMAT_VERSION,
@@ -28,6 +26,16 @@ from kanbu_backup_dagster.schedule_file.model import (
     Prune,
     RetentionPolicy,
     Schedule,
+)
+from kanbu_backup_dagster.schedule_file.nodes import (
+    compose,
+    construct,
+    culprit,
+    first_words,
+    is_empty,
+    locate,
+    unreadable,
+    value_of,
 )
 
 CronCheck = Callable[[str], "str | None"]
@@ -122,34 +130,6 @@ def parse_schedule_file(text: str, path: Path, *, cron_check: CronCheck | None =
     return _Reader(path, cron_check).read(text)
 
 
-def compose(text: str) -> Node | None:
-    """The nodes of a YAML document, each knowing where it stands; None for an empty one.
-
-    Raises:
-        YAMLError, RecursionError: `text` is not one YAML document.
-    """
-    root: Node | None = _yaml().compose(text)
-    return root
-
-
-def unreadable(error: Exception, text: str) -> tuple[int, int, str]:
-    """Line, column (from 1) and words for an error of `compose`."""
-    if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark or error.context_mark):
-        lines = text.split("\n")
-        culprit = lines[mark.line].strip(" -") if mark.line < len(lines) else ""
-        hint = ". A cron expression that begins with * or @ has to be quoted" if culprit.startswith("cron:") else ""
-        words = ", ".join(part for part in (error.context, error.problem) if part)
-        return mark.line + 1, mark.column + 1, f"is not YAML: {words}{hint}"
-    if isinstance(error, ReaderError):
-        before = text[: error.position]
-        return before.count("\n") + 1, len(before) - before.rfind("\n"), "is not YAML: a control character"
-    return 1, 1, "is not YAML that can be followed: nested too deeply"
-
-
-def _yaml() -> Any:
-    return YAML(typ="safe", pure=True)
-
-
 class _Reader:
     def __init__(self, path: Path, cron_check: CronCheck | None) -> None:
         self._path = path
@@ -162,7 +142,7 @@ class _Reader:
             root = compose(text)
         except (YAMLError, RecursionError) as error:
             return ScheduleFile(self._path, problems=(Problem(self._path, *unreadable(error, text)),))
-        if root is None or _is_empty(root):
+        if root is None or is_empty(root):
             return ScheduleFile(self._path)
         if not isinstance(root, MappingNode):
             self._report(root, "has to be keys and values, such as `schedules:`")
@@ -220,7 +200,7 @@ class _Reader:
         return False
 
     def _schedules(self, node: Node | None) -> Iterator[Schedule]:
-        if node is None or _is_empty(node):
+        if node is None or is_empty(node):
             return
         if not isinstance(node, SequenceNode):
             self._report(node, "schedules has to be a list: one row a schedule, each beginning with `- `")
@@ -231,10 +211,10 @@ class _Reader:
                 yield schedule
 
     def _row(self, node: Node, number: int) -> Schedule | None:
-        id_node = _value(node, "id")
+        id_node = value_of(node, "id")
         given_id = self._build(id_node) if id_node else None
         schedule_id = given_id if type(given_id) is int else None
-        name = _value(node, "name")
+        name = value_of(node, "name")
         called = f" ({name.value})" if isinstance(name, ScalarNode) and name.value else ""
         label = f"schedule {schedule_id}{called}" if schedule_id is not None else f"row {number} of schedules{called}"
         before = len(self._problems)
@@ -256,7 +236,7 @@ class _Reader:
             else:
                 refusal = self._cron_check(schedule.cron) if self._cron_check else None
                 if refusal:
-                    report(_locate(node, ("cron",)), f"cron {schedule.cron!r} is refused by the scheduler: {refusal}")
+                    report(locate(node, ("cron",)), f"cron {schedule.cron!r} is refused by the scheduler: {refusal}")
                 elif len(self._problems) == before:
                     return schedule
         elif len(self._problems) == before:
@@ -264,7 +244,7 @@ class _Reader:
         return None
 
     def _section(self, node: Node | None, model: type[Section]) -> Section:
-        if node is None or _is_empty(node):
+        if node is None or is_empty(node):
             return model()
         fields = self._build(node, self._report)
         if not isinstance(fields, dict):
@@ -281,45 +261,10 @@ class _Reader:
 
     def _build(self, node: Node, report: Callable[[Node, str], None] | None = None) -> Any:
         """The plain value of `node`; None, reported, when it has none."""
-        value, error = _construct(node)
+        value, error = construct(node)
         if error is not None and report:
-            report(_culprit(node), f"cannot be read: {_first_words(error)}")
+            report(culprit(node), f"cannot be read: {first_words(error)}")
         return value
-
-
-def _construct(node: Node) -> tuple[Any, Exception | None]:
-    try:
-        return _yaml().constructor.construct_document(node), None
-    except (YAMLError, ValueError, RecursionError) as error:
-        return None, error
-
-
-def _culprit(node: Node) -> Node:
-    """The innermost node below `node` that has no value, or the second of two equal keys."""
-    children: list[Node] = []
-    if isinstance(node, MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if isinstance(key, ScalarNode):
-                if key.value in seen:
-                    return key
-                seen.add(key.value)
-            children.append(value)
-    elif isinstance(node, SequenceNode):
-        children = node.value
-    for child in children:
-        _, error = _construct(child)
-        if error is not None:
-            return child if isinstance(error, RecursionError) else _culprit(child)
-    return node
-
-
-def _first_words(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    problem = str(error.problem or error.context) if isinstance(error, MarkedYAMLError) else str(error)
-    # The library's words for a repeated key go on to quote both values.
-    return problem.partition(" with value ")[0]
 
 
 def _without(fields: dict[str, Any], bad: set[tuple[int | str, ...]]) -> dict[str, Any]:
@@ -333,46 +278,6 @@ def _without(fields: dict[str, Any], bad: set[tuple[int | str, ...]]) -> dict[st
     return kept
 
 
-def _is_empty(node: Node) -> bool:
-    return isinstance(node, ScalarNode) and node.tag == "tag:yaml.org,2002:null"
-
-
-def _value(node: Node, key: str) -> Node | None:
-    pair = _pair(node, key)
-    return pair[1] if pair else None
-
-
-def _pair(node: Node, key: str | int) -> tuple[Node, Node] | None:
-    if not isinstance(node, MappingNode):
-        return None
-    # The last of equal keys is the row's own: merged ones stand before it.
-    for key_node, value_node in reversed(node.value):
-        if key_node.value == str(key):
-            return key_node, value_node
-    for key_node, value_node in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            sources = value_node.value if isinstance(value_node, SequenceNode) else [value_node]
-            for source in sources:
-                if found := _pair(source, key):
-                    return found
-    return None
-
-
-def _locate(node: Node, path: tuple[int | str, ...], *, at_key: bool = False) -> Node:
-    """The node at `path` below `node`, or the last one on the way that exists."""
-    for position, step in enumerate(path):
-        if isinstance(node, SequenceNode) and isinstance(step, int) and step < len(node.value):
-            node = node.value[step]
-            continue
-        pair = _pair(node, step)
-        if pair is None:
-            break
-        key, value = pair
-        # A value that is not there is marked where the next token begins.
-        node = key if (at_key and position == len(path) - 1) or (_is_empty(value) and value.value == "") else value
-    return node
-
-
 def _explain(error: ValidationError, node: Node, model: type[BaseModel]) -> Iterator[tuple[Node, str]]:
     for detail in error.errors(include_url=False):
         path = tuple(detail["loc"])
@@ -380,12 +285,12 @@ def _explain(error: ValidationError, node: Node, model: type[BaseModel]) -> Iter
         key = str(path[-1]) if path else ""
         if kind == "extra_forbidden":
             owner = _model_at(model, path[:-1])
-            yield _locate(node, path, at_key=True), _unknown_key(key, owner)
+            yield locate(node, path, at_key=True), _unknown_key(key, owner)
         elif kind == "missing":
-            yield _locate(node, path), f'needs "{key}"'
+            yield locate(node, path), f'needs "{key}"'
         else:
             dotted = ".".join(str(step + 1) if isinstance(step, int) else step for step in path) or "it"
-            yield _locate(node, path), f"{dotted} {_words(kind, detail)}"
+            yield locate(node, path), f"{dotted} {_words(kind, detail)}"
 
 
 def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
