@@ -20,24 +20,8 @@ POSTGRES_ROOT = Path("/usr/lib/postgresql")
 POSTGRES_UID = 999
 # What the entrypoint, the tests and somebody looking around need; the official images have all of these.
 _PROGRAMS = (
-    *(
-        "sh",
-        "bash",
-        "cat",
-        "chmod",
-        "chown",
-        "env",
-        "id",
-        "kill",
-        "mkdir",
-        "mktemp",
-        "mv",
-        "ps",
-        "rm",
-        "setpriv",
-        "sleep",
-    ),
-    "timeout",
+    *("sh", "bash", "cat", "chmod", "chown", "env", "head", "id", "kill", "mkdir", "mktemp", "mv", "ps", "rm"),
+    *("setpriv", "sleep", "timeout"),
 )
 
 _ENTRYPOINT = f"""#!/bin/bash
