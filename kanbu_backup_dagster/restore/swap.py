@@ -93,7 +93,7 @@ def swap(
         ender.write(_ending_script([database.oid for database in (live, loaded) if database], key).encode())
         ender.close_input()
         try:
-            answer = run(server, settings, _renaming_script(live, loaded, target, replaced, key, by))
+            answer = run(server, settings, _renaming_script(server, live, loaded, target, replaced, key, by))
         except KanbuError as error:
             refused = error
         else:
@@ -118,9 +118,17 @@ def _dated_name(target: str) -> str:
 
 
 def _renaming_script(
-    live: Database | None, loaded: Database, target: str, replaced: str | None, key: int, by: str
+    server: Server,
+    live: Database | None,
+    loaded: Database,
+    target: str,
+    replaced: str | None,
+    key: int,
+    by: str,
 ) -> list[str]:
     statements = [
+        # Should we be killed while it waits for others, it lets go of the live name at once.
+        *(["SET client_connection_check_interval = '100ms';"] if server.major >= 15 else []),
         "BEGIN;",
         "SET LOCAL synchronous_commit = on;",
         "SET LOCAL lock_timeout = '5s';",
