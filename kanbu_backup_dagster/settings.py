@@ -117,6 +117,9 @@ class Settings(BaseSettings):
     webhook_secret: SecretStr | None = Field(None, alias="BACKUP_WEBHOOK_SECRET", description="signs alerts")
     ui_username: str = Field("admin", alias="BACKUP_UI_USERNAME", description="login of the web UI")
     ui_password: SecretStr | None = Field(None, alias="BACKUP_UI_PASSWORD", description="password of the web UI")
+    ui_allowed_hosts: str = Field(
+        "", alias="BACKUP_UI_ALLOWED_HOSTS", description="names the web UI is called by, separated by commas"
+    )
     dagster_postgres_url: SecretStr | None = Field(
         None, alias="DAGSTER_POSTGRES_URL", description="PostgreSQL for Dagster's own records; unset: SQLite"
     )
@@ -146,6 +149,11 @@ class Settings(BaseSettings):
     def source_exclusions(self) -> tuple[str, ...]:
         """The rules in BACKUP_SOURCE_EXCLUDE, which commas separate."""
         return tuple(rule for part in self.source_exclude.split(",") if (rule := part.strip()))
+
+    @property
+    def ui_host_names(self) -> frozenset[str]:
+        """BACKUP_UI_ALLOWED_HOSTS, taken apart."""
+        return frozenset(name.strip().lower() for name in self.ui_allowed_hosts.split(",") if name.strip())
 
     @property
     def storage_path(self) -> Path:

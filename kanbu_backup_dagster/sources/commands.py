@@ -142,7 +142,7 @@ class LocalProcess:
                 stderr=subprocess.PIPE,
                 bufsize=0,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         except OSError as error:
             raise SourceError(f"{command[0]} cannot be started: {os.strerror(error.errno or 0)}.") from None
@@ -226,7 +226,8 @@ def _widen(pipe: IO[bytes]) -> None:
             return
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """For a child to call before it becomes its program: it is asked to end when its parent is killed (Linux only)."""
     # A dump whose reader was killed outright may sit waiting for a lock, holding others, and never notice.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
