@@ -11,6 +11,7 @@ from typing import Any
 
 from dagster import DagsterEventType, execute_job
 from dagster._core.definitions.reconstruct import ReconstructableRepository
+from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.execution.plan.objects import StepFailureData
 from dagster._utils.interrupts import capture_interrupts
 
@@ -94,6 +95,8 @@ def run_job(
 
 def _error(failure: StepFailureData) -> KanbuError:
     told = failure.user_failure_data
+    if failure.error is not None and failure.error.cls_name == DagsterExecutionInterruptedError.__name__:
+        return KanbuError("The run was interrupted.")
     if told is None or told.description is None:
         return KanbuError(failure.error.to_string() if failure.error else "The step failed.")
     kind = told.metadata.get(ERROR_KIND)
