@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kanbu_backup_dagster.orchestration.dagster_home import open_instance
-from kanbu_backup_dagster_tests.docker_engine import DockerEngine, missing_for_an_engine
+from kanbu_backup_dagster_tests.docker_engine import IMAGE_MAJOR, DockerEngine, missing_for_an_engine
 from kanbu_backup_dagster_tests.real_docker import ContainerPostgres
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest, PostgresServers, available_majors
 
@@ -99,7 +99,7 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         store = tmp_path / "store"
         for name, value in {
             "DATABASE_URL": url,
-            "BACKUP_PG_MODE": "direct",
+            "BACKUP_PG_MODE": os.environ.get("BACKUP_PG_MODE", "direct"),
             "BACKUP_LOCAL_PATH": str(store),
             "BACKUP_ENCRYPTION_KEY": TEST_KEY,
             **variables,
@@ -185,12 +185,24 @@ def docker_postgres(
     server.drop_databases()
 
 
+@pytest.fixture(scope="session")
+def _clients_container(docker_engine: DockerEngine, _postgres_servers: PostgresServers) -> Iterator[str]:
+    """A container with the client programs of its image's version, and the socket of the session's server of that
+    version where its own server's would be."""
+    server, _ = _postgres_servers.get(IMAGE_MAJOR)
+    with docker_engine.clients(server.socket_folder, server.port) as container:
+        yield container
+
+
 @pytest.fixture(params=["direct", pytest.param("docker", marks=pytest.mark.real("docker"))])
-def each_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PostgresForTest | ContainerPostgres:
-    """A PostgreSQL server reached directly, then one reached in its container; the environment asks for that mode."""
+def each_mode(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _postgres_servers: PostgresServers
+) -> Iterator[PostgresForTest]:
+    """A real PostgreSQL server, and an environment that asks for direct mode, then for docker mode, to reach it."""
     monkeypatch.setenv("BACKUP_PG_MODE", request.param)
-    if request.param == "docker":
-        container: ContainerPostgres = request.getfixturevalue("docker_postgres")
-        return container
-    server: PostgresForTest = request.getfixturevalue("newest_postgres")
-    return server
+    if request.param == "direct":
+        yield request.getfixturevalue("newest_postgres")
+        return
+    monkeypatch.setenv("POSTGRES_CONTAINER", request.getfixturevalue("_clients_container"))
+    monkeypatch.setenv("DOCKER_HOST", request.getfixturevalue("docker_engine").host)
+    yield from _postgres(_postgres_servers, IMAGE_MAJOR)

@@ -25,6 +25,9 @@ from docker.errors import DockerException
 from kanbu_backup_dagster_tests.postgres_image import image_configuration, installed_major, write_root_filesystem
 
 IMAGE = "kanbu-test/postgres"
+IMAGE_MAJOR = int(installed_major() or 0)
+"""The image's PostgreSQL; 0 where there is none to make it of."""
+
 USER, PASSWORD, DATABASE = "kanbu", "s3cret/p@ss", "kanbu_in_container"
 _START_SECONDS = 30
 _STOP_SECONDS = 30
@@ -128,6 +131,17 @@ class DockerEngine:
         )
         self.await_answer(name)
         return name
+
+    @contextlib.contextmanager
+    def clients(self, socket_folder: Path, port: int) -> Iterator[str]:
+        """The name of a container without a server of its own, but with the socket of one that runs outside."""
+        name = "clients-" + secrets.token_hex(4)
+        options = ["--network=none", f"--volume={socket_folder}:/run/postgresql", f"--env=PGPORT={port}"]
+        self.docker("run", "--detach", "--name", name, *options, "--entrypoint=sleep", IMAGE, "infinity")
+        try:
+            yield name
+        finally:
+            self.docker("rm", "--force", name)
 
     def docker(self, *arguments: str) -> str:
         """What Docker's own command line client prints."""

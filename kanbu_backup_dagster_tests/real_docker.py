@@ -1,20 +1,17 @@
-"""PostgreSQL in a container for tests: with the same doings as `real_postgres.PostgresForTest`.
+"""PostgreSQL in a container for tests.
 
-What belongs here: what the fixtures `docker_postgres` and `each_mode` hand out. What does not: the engine
-(`docker_engine`) and those fixtures.
+What belongs here: what the fixture `docker_postgres` hands out. What does not: the engine (`docker_engine`), and that
+fixture.
 """
 
 from __future__ import annotations
 
-import re
 import secrets
 import subprocess
-from pathlib import Path
 from urllib.parse import quote
 
 from kanbu_backup_dagster.sources.commands import quote_identifier
 from kanbu_backup_dagster_tests.docker_engine import DATABASE, PASSWORD, USER, DockerEngine
-from kanbu_backup_dagster_tests.real_postgres import SAMPLE_SCRIPT
 
 
 class ContainerPostgres:
@@ -35,17 +32,13 @@ class ContainerPostgres:
         }
         self._databases: list[str] = []
 
-    def database(self, script: str | Path = "") -> str:
-        """The URL of a fresh database, holding what `script` (SQL, or a path to it) makes."""
+    def database(self, script: str) -> str:
+        """The URL of a fresh database, holding what `script` makes."""
         name = f"test_{secrets.token_hex(6)}"
         self._databases.append(name)
         self.psql(f"CREATE DATABASE {name}", DATABASE)
-        self.psql(script.read_text("utf-8") if isinstance(script, Path) else script, name)
+        self.psql(script, name)
         return self.database_url(name)
-
-    def sample_database(self) -> str:
-        """The URL of a fresh database that holds the demo's sample project board."""
-        return self.database(SAMPLE_SCRIPT)
 
     def database_url(self, name: str) -> str:
         """A URL as Kanbu has it: with a host and port that mean nothing inside the container."""
@@ -54,19 +47,6 @@ class ContainerPostgres:
     def database_name(self, url: str) -> str:
         """The database that `url` names."""
         return url.rpartition("/")[2].partition("?")[0]
-
-    def query(self, url: str, sql: str) -> list[list[str]]:
-        """The rows of `sql` as text, NULL as the empty string; values must hold no newline and no `|`."""
-        return [line.split("|") for line in self.psql(sql, self.database_name(url)).splitlines()]
-
-    def execute(self, url: str, sql: str) -> None:
-        """Run a script on the database."""
-        self.psql(sql, self.database_name(url))
-
-    def dump(self, url: str) -> str:
-        """The database as plain SQL by the server's own pg_dump, without the line that is random each time."""
-        text = self.engine.inside(self.container, "pg_dump", "-U", USER, "-d", self.database_name(url))
-        return re.sub(r"(?m)^\\(un)?restrict .*\n", "", text)
 
     def psql(self, script: str, database: str) -> str:
         """What `script` prints, by Docker's own command line."""

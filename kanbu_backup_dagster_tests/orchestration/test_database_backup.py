@@ -49,7 +49,8 @@ def events_text(run_id: str) -> str:
         return "\n".join(str(entry) for entry in instance.all_logs(run_id))
 
 
-def test_a_backup_is_whole_and_known(postgres: PostgresForTest, configure: Configure) -> None:
+def test_a_backup_is_whole_and_known(each_mode: PostgresForTest, configure: Configure) -> None:
+    postgres = each_mode
     url = postgres.sample_database()
     store = configure(url + "&schema=public&connection_limit=5")
     outcome, manifest = run_backup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 import pytest
@@ -10,10 +11,7 @@ from kanbu_backup_dagster.errors import SourceError
 from kanbu_backup_dagster.settings import load_settings
 from kanbu_backup_dagster.sources.commands import execute, query
 from kanbu_backup_dagster.sources.postgres import find_method, inspect_database, prepare_dump
-from kanbu_backup_dagster_tests.real_docker import ContainerPostgres
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
-
-Server = PostgresForTest | ContainerPostgres
 
 ODD_ROWS = """
 CREATE TABLE odd (id int, "Größe; --" text);
@@ -22,13 +20,13 @@ INSERT INTO odd VALUES (1, E'line\\nbreak'), (2, E'\\\\.'), (3, NULL), (4, 'ün�
 
 
 @pytest.fixture
-def database(each_mode: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+def database(each_mode: PostgresForTest, monkeypatch: pytest.MonkeyPatch) -> str:
     url = each_mode.database(ODD_ROWS)
     monkeypatch.setenv("DATABASE_URL", url)
     return url
 
 
-def test_the_dump_is_the_servers_own(each_mode: Server, database: str) -> None:
+def test_the_dump_is_the_servers_own(each_mode: PostgresForTest, database: str) -> None:
     settings = load_settings()
     dump, method = prepare_dump(settings)
     assert method.rejected == ()
@@ -39,10 +37,11 @@ def test_the_dump_is_the_servers_own(each_mode: Server, database: str) -> None:
     facts = opened.findings()
     assert facts.rows == {"public.odd": 4}
     assert facts.name == each_mode.database_name(database)
-    assert facts.mode == ("docker" if isinstance(each_mode, ContainerPostgres) else "direct")
+    assert facts.mode == method.access.mode == os.environ["BACKUP_PG_MODE"]
+    assert facts.server_version == each_mode.version
 
 
-def test_the_server_is_asked(each_mode: Server, database: str) -> None:
+def test_the_server_is_asked(each_mode: PostgresForTest, database: str) -> None:
     settings = load_settings()
     access = find_method(settings).access
     rows = query(access, settings, 'SELECT id, "Größe; --" AS size FROM odd ORDER BY id')
@@ -52,7 +51,7 @@ def test_the_server_is_asked(each_mode: Server, database: str) -> None:
     assert inspect_database(access, settings, database="postgres").name == "postgres"
 
 
-def test_input_is_fed_and_ended(each_mode: Server, database: str) -> None:
+def test_input_is_fed_and_ended(each_mode: PostgresForTest, database: str) -> None:
     """More than any buffer on the way holds, in both directions at once."""
     settings = load_settings()
     access = find_method(settings).access
@@ -67,7 +66,7 @@ def test_input_is_fed_and_ended(each_mode: Server, database: str) -> None:
     assert each_mode.query(database, "SELECT count(*), min(length(t)) FROM fed") == [[str(count), "50"]]
 
 
-def test_a_refused_statement_ends_the_script(each_mode: Server, database: str) -> None:
+def test_a_refused_statement_ends_the_script(each_mode: PostgresForTest, database: str) -> None:
     settings = load_settings()
     access = find_method(settings).access
     filler = f"-- {'z' * 1000}\n" * 10_000
@@ -76,8 +75,8 @@ def test_a_refused_statement_ends_the_script(each_mode: Server, database: str) -
     assert each_mode.query(database, "SELECT count(*) FROM pg_tables WHERE tablename = 'afterwards'") == [["0"]]
 
 
-def test_a_wrong_database_is_a_clear_error(each_mode: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = each_mode.database().replace("test_", "no_such_", 1)
+def test_a_wrong_database_is_a_clear_error(each_mode: PostgresForTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = each_mode.database().replace("/test_", "/no_such_", 1)
     monkeypatch.setenv("DATABASE_URL", url)
     with pytest.raises(SourceError, match=r'database "no_such_\w+" does not exist'):
         find_method(load_settings())
