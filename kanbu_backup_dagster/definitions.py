@@ -10,11 +10,14 @@ from typing import Any
 
 from dagster import Definitions, in_process_executor
 
+from kanbu_backup_dagster.orchestration.alerts import build_sensors
 from kanbu_backup_dagster.orchestration.assets import ASSETS
+from kanbu_backup_dagster.orchestration.configuration import load_configuration
 from kanbu_backup_dagster.orchestration.jobs import JOBS
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.restore_ops import RESTORE_ASSETS
 from kanbu_backup_dagster.orchestration.run_scope import run_scope
+from kanbu_backup_dagster.orchestration.schedules import build_schedules
 
 
 def build_definitions(*, resource_overrides: Mapping[str, Any] | None = None) -> Definitions:
@@ -23,9 +26,12 @@ def build_definitions(*, resource_overrides: Mapping[str, Any] | None = None) ->
     Args:
         resource_overrides: Resources in place of the usual ones, by name; for tests.
     """
+    schedules = build_schedules(load_configuration(), JOBS)
     return Definitions(
         assets=[*ASSETS, *RESTORE_ASSETS],
         jobs=JOBS,
+        schedules=schedules.schedules,
+        sensors=build_sensors(JOBS, schedules.problems),
         resources={"environment": BackupEnvironment(), "run_scope": run_scope, **(resource_overrides or {})},
         # The stream flows within one op, so a process per op would only add its start: 1.5 seconds each.
         executor=in_process_executor,

@@ -115,6 +115,15 @@ class Settings(BaseSettings):
     )
     webhook_url: SecretStr | None = Field(None, alias="BACKUP_WEBHOOK_URL", description="where alerts are posted")
     webhook_secret: SecretStr | None = Field(None, alias="BACKUP_WEBHOOK_SECRET", description="signs alerts")
+    ping_url: SecretStr | None = Field(
+        None, alias="BACKUP_PING_URL", description="called after each successful backup (dead-man switch)"
+    )
+    retry_after_seconds: float = Field(
+        300,
+        alias="BACKUP_RETRY_AFTER_SECONDS",
+        ge=0,
+        description="pause before a scheduled backup that failed for a passing reason runs once more; 0: never",
+    )
     ui_username: str = Field("admin", alias="BACKUP_UI_USERNAME", description="login of the web UI")
     ui_password: SecretStr | None = Field(None, alias="BACKUP_UI_PASSWORD", description="password of the web UI")
     ui_allowed_hosts: str = Field(

@@ -127,7 +127,7 @@ class VerificationPart(_Part):
     """A backup that is not what was written. `checksum` is the one on record."""
 
     type: BackupType
-    filename: Text
+    filename: Text | None = None
     file_size: Count | None = None
     is_encrypted: bool | None = None
     checksum: Text | None = None

@@ -56,6 +56,7 @@ RESTORE_ASSETS = [
 ]
 
 NOTHING_TO_SAVE = "nothing to save"
+NONE_REPLACED = "none is kept"
 
 
 class RestoreConfig(Config):
@@ -259,7 +260,7 @@ def report(
         "server": MetadataValue.text(plan.server.access.description),
         "server_version": MetadataValue.text(plan.server.version),
         "pre_restore_file": MetadataValue.text(pre_restore or NOTHING_TO_SAVE),
-        "replaced_database": MetadataValue.text(swapped.replaced or "none is kept"),
+        "replaced_database": MetadataValue.text(swapped.replaced or NONE_REPLACED),
         "tables": MetadataValue.int(checked.tables),
         "rows": MetadataValue.int(sum(checked.rows.values())),
         "sql_bytes": MetadataValue.int(done.sql_bytes),

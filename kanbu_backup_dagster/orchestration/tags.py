@@ -13,3 +13,4 @@ DATABASE = "kanbu/database"
 
 # The one job whose runs make a backup on the way.
 RESTORE_DATABASE = "restore_database"
+SECOND_ATTEMPT_OF = "kanbu/second_attempt_of"

@@ -1,0 +1,324 @@
+"""What an ended run has to tell: its events, out of what Dagster's event log says of it.
+
+What belongs here: from a run to events. What does not: which runs, who hears of them (`alerts`).
+
+Every end counts: success, failure, cancellation, a worker that died. What an op has to say beyond that it puts into the
+log by `telling`; events that a run told itself are not made again here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from dagster import (
+    AssetKey,
+    AssetMaterialization,
+    DagsterEvent,
+    DagsterEventType,
+    DagsterInstance,
+    DagsterRun,
+    IntMetadataValue,
+)
+from dagster._core.definitions.metadata.metadata_value import MetadataValue as AnyMetadata
+
+from kanbu_backup_dagster.backup.names import BackupType, parse_name
+from kanbu_backup_dagster.notifications.events import (
+    BackupCompleted,
+    BackupFailed,
+    BackupPart,
+    DrillCompleted,
+    DrillFailed,
+    DrillPart,
+    Event,
+    PruneHeld,
+    PrunePart,
+    RestoreCompleted,
+    RestoreFailed,
+    RestorePart,
+    ScheduleRef,
+    VerificationFailed,
+    VerificationPart,
+)
+from kanbu_backup_dagster.orchestration import tags
+from kanbu_backup_dagster.orchestration.assets import BACKUP_ASSETS
+from kanbu_backup_dagster.orchestration.failures import ERROR_KIND
+from kanbu_backup_dagster.orchestration.restore_ops import NONE_REPLACED
+from kanbu_backup_dagster.orchestration.telling import events_in
+
+BACKUP_JOBS = {"database_backup": BackupType.DATABASE, "source_backup": BackupType.SOURCE}
+_RESTORE_JOBS = {"restore_database": BackupType.DATABASE, "restore_source": BackupType.SOURCE}
+_VERIFY_JOBS = ("verify_backup", "verify_pending_backups")
+_PASSING = {"SourceError", "StorageError", "BusyError"}
+_READ = {
+    DagsterEventType.ASSET_MATERIALIZATION,
+    DagsterEventType.ASSET_OBSERVATION,
+    DagsterEventType.ASSET_CHECK_EVALUATION,
+    DagsterEventType.STEP_OUTPUT,
+    DagsterEventType.STEP_FAILURE,
+}
+
+
+@dataclass
+class EndedRun:
+    """A run that has ended, and what its log says.
+
+    Attributes:
+        run: The run.
+        end: RUN_SUCCESS, RUN_FAILURE or RUN_CANCELED.
+        at: When it ended.
+        duration_ms: None when it never started.
+        stored: The backup file it made, with its metadata.
+        report: The metadata of a restore or drill that it recorded.
+        failed_step: The first step that failed, why, and the kind of error, where known.
+        told: What its ops asked to be told.
+        bad_checks: Backup files that a check found damaged, by name.
+    """
+
+    run: DagsterRun
+    end: DagsterEventType
+    at: datetime
+    duration_ms: int | None
+    stored: AssetMaterialization | None = None
+    report: Mapping[str, AnyMetadata] = field(default_factory=dict)
+    failed_step: str | None = None
+    error: str | None = None
+    error_kind: str | None = None
+    verdict: str | None = None
+    told: list[Event] = field(default_factory=list)
+    bad_checks: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether all steps did."""
+        return self.end is DagsterEventType.RUN_SUCCESS
+
+    @property
+    def schedule(self) -> ScheduleRef | None:
+        """The schedule it ran for."""
+        number = self.run.tags.get(tags.SCHEDULE_ID, "")
+        if not number.isdecimal():
+            return None
+        return ScheduleRef(id=int(number), name=self.run.tags.get(tags.SCHEDULE_NAME, f"schedule {number}"))
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether it failed for a reason that may be gone soon: the database, the storage or the worker was away."""
+        if self.end is not DagsterEventType.RUN_FAILURE or self.stored is not None:
+            return False
+        return self.error_kind in _PASSING if self.failed_step else True
+
+    @property
+    def made_a_backup(self) -> bool:
+        """Whether a backup was stored and nothing but the clean-up after it failed."""
+        return self.stored is not None and (self.succeeded or self.failed_step == "prune")
+
+    @property
+    def reason(self) -> str:
+        """Why it did not succeed, for people."""
+        if self.end is DagsterEventType.RUN_CANCELED:
+            return "The run was canceled."
+        if self.error:
+            return self.error
+        if self.failed_step:
+            return f"The step {self.failed_step} failed; the run's page in the UI tells why ({self.run.run_id})."
+        return f"The run ended without a word, as when its process is killed ({self.run.run_id})."
+
+
+def read_run(instance: DagsterInstance, run_id: str, end: DagsterEventType, at: datetime) -> EndedRun | None:
+    """The run and what its log says; None when it was deleted."""
+    record = instance.get_run_record_by_id(run_id)
+    if record is None:
+        return None
+    duration = round((at.timestamp() - record.start_time) * 1000) if record.start_time is not None else None
+    ended = EndedRun(record.dagster_run, end, at, max(duration, 0) if duration is not None else None)
+    for entry in instance.all_logs(run_id, of_type=_READ):
+        if entry.dagster_event is not None:
+            _take(ended, entry.dagster_event)
+    return ended
+
+
+def _take(ended: EndedRun, event: DagsterEvent) -> None:
+    metadata: Mapping[str, AnyMetadata] = {}
+    kind = event.event_type
+    if kind is DagsterEventType.ASSET_MATERIALIZATION:
+        materialization = event.step_materialization_data.materialization
+        metadata = materialization.metadata
+        if _type_of(materialization.asset_key) is not None and materialization.partition is not None:
+            ended.stored = materialization
+        else:
+            ended.report = metadata
+    elif kind is DagsterEventType.ASSET_OBSERVATION:
+        metadata = event.asset_observation_data.asset_observation.metadata
+    elif kind is DagsterEventType.ASSET_CHECK_EVALUATION:
+        check = event.asset_check_evaluation_data
+        metadata = check.metadata
+        if not check.passed and _type_of(check.asset_key) is not None and check.partition:
+            ended.bad_checks[check.partition] = check.description or "Checksum verification failed"
+    elif kind is DagsterEventType.STEP_OUTPUT:
+        metadata = event.step_output_data.metadata
+    elif kind is DagsterEventType.STEP_FAILURE:
+        said = event.step_failure_data.user_failure_data
+        metadata = said.metadata if said is not None else {}
+        if ended.failed_step is None:
+            ended.failed_step = event.step_key
+            ended.error = said.description if said is not None else None
+            ended.error_kind = _text(metadata.get(ERROR_KIND))
+            ended.verdict = _text(metadata.get("verification"))
+    ended.told += events_in(metadata)
+
+
+def _type_of(key: AssetKey) -> BackupType | None:
+    return next((kind for kind, entry in BACKUP_ASSETS.items() if entry[0] == key), None)
+
+
+def _text(value: AnyMetadata | None) -> str | None:
+    return None if value is None or value.value is None else str(value.value)
+
+
+def events_of(ended: EndedRun, *, encrypts: bool | None = None) -> list[Event]:
+    """What `ended` has to tell, in the order of its happening.
+
+    Args:
+        encrypts: Whether backups are encrypted now, which a failed one would have been.
+    """
+    events = list(ended.told)
+    damaged = {
+        name for event in events if isinstance(event, VerificationFailed) for name in [event.verification.filename]
+    }
+    events += [event for event in _verdicts(ended) if event.verification.filename not in damaged]
+    known = {event.event for event in events}
+    job = ended.run.job_name
+    if job in BACKUP_JOBS:
+        events += _of_backup(ended, BACKUP_JOBS[job], encrypts)
+    elif job in _RESTORE_JOBS and not known & {"restore.completed", "restore.failed"}:
+        events.append(_of_restore(ended, _RESTORE_JOBS[job]))
+    elif job == "restore_drill" and not known & {"drill.completed", "drill.failed"}:
+        events.append(_of_drill(ended))
+    elif job == "prune_backups" and not ended.succeeded and "prune.held" not in known:
+        events.append(_held(ended, None))
+    elif (
+        job in _VERIFY_JOBS
+        and not ended.succeeded
+        and not any(event.event == "verification.failed" for event in events)
+    ):
+        part = VerificationPart(type=BackupType.DATABASE, filename=_file(ended))
+        events.append(VerificationFailed(**_common(ended), verification=part, error=ended.reason))
+    return events
+
+
+def _common(ended: EndedRun) -> dict[str, Any]:
+    return {"key": ended.run.run_id, "schedule": ended.schedule, "timestamp": ended.at}
+
+
+def _verdicts(ended: EndedRun) -> Iterator[VerificationFailed]:
+    for filename, error in ended.bad_checks.items():
+        name = parse_name(filename)
+        if name is not None:
+            part = VerificationPart(type=name.type, filename=filename, is_encrypted=name.encrypted)
+            common = {**_common(ended), "key": f"{ended.run.run_id}/{filename}"}
+            yield VerificationFailed(**common, verification=part, error=error)
+    if ended.stored is not None and ended.verdict == "failed" and str(ended.stored.partition) not in ended.bad_checks:
+        made = backup_part(ended)
+        yield VerificationFailed(
+            **_common(ended),
+            verification=VerificationPart(
+                type=made.type,
+                filename=made.filename,
+                file_size=made.file_size,
+                is_encrypted=made.is_encrypted,
+                checksum=made.checksum,
+            ),
+            error=ended.reason,
+        )
+
+
+def backup_part(ended: EndedRun) -> BackupPart:
+    """The backup that `ended` stored.
+
+    Raises:
+        ValueError: It stored none.
+    """
+    if ended.stored is None:
+        raise ValueError(f"the run {ended.run.run_id} stored no backup")
+    metadata = ended.stored.metadata
+    name = parse_name(str(ended.stored.partition))
+    kind = _type_of(ended.stored.asset_key)
+    assert kind is not None  # what is kept in `stored` has one
+    size = _text(metadata.get("size_bytes"))
+    return BackupPart(
+        type=kind,
+        filename=str(ended.stored.partition),
+        file_size=int(size) if size else None,
+        is_encrypted=name.encrypted if name else None,
+        checksum=_text(metadata.get("sha256")),
+        duration_ms=ended.duration_ms,
+    )
+
+
+def _of_backup(ended: EndedRun, backup_type: BackupType, encrypts: bool | None) -> Iterator[Event]:
+    if ended.made_a_backup:
+        yield BackupCompleted(**_common(ended), backup=backup_part(ended))
+        if not ended.succeeded:
+            yield _held(ended, backup_type)
+        return
+    part = (
+        backup_part(ended)
+        if ended.stored is not None
+        else BackupPart(type=backup_type, is_encrypted=encrypts, duration_ms=ended.duration_ms)
+    )
+    yield BackupFailed(**_common(ended), backup=part, error=ended.reason)
+
+
+def _held(ended: EndedRun, backup_type: BackupType | None) -> PruneHeld:
+    return PruneHeld(**_common(ended), prune=PrunePart(type=backup_type, reason=f"Clean-up failed: {ended.reason}"))
+
+
+def _of_restore(ended: EndedRun, backup_type: BackupType) -> Event:
+    replaced = _text(ended.report.get("replaced_database"))
+    part = RestorePart(
+        type=backup_type,
+        filename=_file(ended),
+        target=ended.run.tags.get(tags.DATABASE) or _text(ended.report.get("target")),
+        previous=None if replaced == NONE_REPLACED else replaced,
+        duration_ms=ended.duration_ms,
+    )
+    if ended.succeeded:
+        return RestoreCompleted(**_common(ended), restore=part)
+    return RestoreFailed(**_common(ended), restore=part, error=ended.reason)
+
+
+def _of_drill(ended: EndedRun) -> Event:
+    part = DrillPart(
+        type=BackupType.DATABASE,
+        filename=_file(ended),
+        tables=_count(ended.report.get("tables")),
+        rows=_count(ended.report.get("rows")),
+        duration_ms=ended.duration_ms,
+    )
+    if ended.succeeded:
+        return DrillCompleted(**_common(ended), drill=part)
+    return DrillFailed(**_common(ended), drill=part, error=ended.reason)
+
+
+def _count(value: AnyMetadata | None) -> int | None:
+    return value.value if isinstance(value, IntMetadataValue) else None
+
+
+def _file(ended: EndedRun) -> str | None:
+    """The backup that the run was about: what the run says, else what its config says."""
+    named = ended.run.tags.get(tags.FILE) or _text(ended.report.get("file"))
+    return named or next((text for text in _texts(ended.run.run_config) if parse_name(text) is not None), None)
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner)

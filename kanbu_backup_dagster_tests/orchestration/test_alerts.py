@@ -1,0 +1,516 @@
+"""Alerts on a real Dagster instance with a real receiver: nothing is lost or overtakes; what is given up is seen."""
+
+# No `from __future__ import annotations` here: Dagster reads the annotations of ops as objects.
+
+import hashlib
+import hmac
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import pytest
+import time_machine
+from dagster import (
+    AssetCheckEvaluation,
+    AssetKey,
+    AssetMaterialization,
+    DagsterInstance,
+    Failure,
+    MetadataValue,
+    OpExecutionContext,
+    SensorResult,
+    job,
+    op,
+)
+
+from kanbu_backup_dagster.errors import KanbuError
+from kanbu_backup_dagster.notifications import delivery
+from kanbu_backup_dagster.notifications.delivery import Limits
+from kanbu_backup_dagster.notifications.events import PruneHeld, PrunePart
+from kanbu_backup_dagster.orchestration import alerts, tags
+from kanbu_backup_dagster.orchestration.alerts import WEBHOOK, Alerts, alerts_report
+from kanbu_backup_dagster.orchestration.configuration import load_configuration
+from kanbu_backup_dagster.orchestration.dagster_home import open_instance
+from kanbu_backup_dagster.orchestration.jobs import JOBS
+from kanbu_backup_dagster.orchestration.telling import told
+from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
+from kanbu_backup_dagster_tests.receiver import Receiver
+
+PROJECT = Path(__file__).parents[2]
+Configure = Callable[..., Path]
+[DATABASE_BACKUP] = [one for one in JOBS if one.name == "database_backup"]
+SCHEDULED = {tags.TRIGGER: "scheduled", tags.SCHEDULE_ID: "1", tags.SCHEDULE_NAME: "Daily"}
+CONFIG = """
+schedules:
+  - {id: 1, name: Daily, type: database, cron: "0 2 * * *"}
+notifications: {on_success: true}
+"""
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    one = Receiver()
+    one.start()
+    yield one
+    one.stop()
+
+
+@pytest.fixture
+def instance(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> Iterator[DagsterInstance]:
+    monkeypatch.setenv("BACKUP_WEBHOOK_URL", receiver.url)
+    monkeypatch.setenv("BACKUP_WEBHOOK_SECRET", "s3cret")
+    monkeypatch.setenv("BACKUP_RETRY_AFTER_SECONDS", "0")
+    Path("kanbu_backup.yaml").write_text(CONFIG)
+    # The limits of production are tested with the delivery itself.
+    monkeypatch.setattr(alerts, "deliver", partial(delivery.deliver, limits=Limits(connect=1, read=0.3, total=0.6)))
+    with open_instance() as one:
+        yield one
+
+
+def tick(instance: DagsterInstance) -> SensorResult:
+    return alerts._alerts_tick(instance, load_configuration(), lambda line: None)
+
+
+def watch(instance: DagsterInstance) -> str:
+    return alerts._watch_tick(instance, load_configuration(), ())
+
+
+def failed_run(instance: DagsterInstance, **given: str) -> str:
+    run = instance.create_run_for_job(
+        DATABASE_BACKUP, tags={key.replace("__", "/"): value for key, value in given.items()}
+    )
+    instance.report_run_failed(run)
+    return run.run_id
+
+
+def successful_run(instance: DagsterInstance, given: dict[str, str], name: str = "") -> str:
+    """A run of the job's name that stores a file and ends well."""
+    filename = name or "kanbu_backup_2026-01-18T02-00-00.sql.gz"
+
+    @op(name="store")
+    def store(context: OpExecutionContext) -> None:
+        context.log_event(
+            AssetMaterialization(
+                AssetKey("database_backup"), partition=filename, metadata={"size_bytes": 1000, "sha256": "ab" * 32}
+            )
+        )
+
+    @job(name="database_backup", tags=given)
+    def made() -> None:
+        store()
+
+    return made.execute_in_process(instance=instance).run_id
+
+
+def state(instance: DagsterInstance) -> Alerts:
+    return alerts_report(instance).alerts
+
+
+def later(minutes: float) -> time_machine.travel:
+    return time_machine.travel(datetime.now(timezone.utc) + timedelta(minutes=minutes))
+
+
+def test_every_end_is_told_once_signed_and_with_the_schedule(instance: DagsterInstance, receiver: Receiver) -> None:
+    before = failed_run(instance)  # before the sensor's first look
+    assert tick(instance).skip_reason is not None
+    canceled = instance.create_run_for_job(DATABASE_BACKUP)
+    instance.report_run_canceled(canceled)
+    made = successful_run(instance, SCHEDULED)
+    for _ in range(3):
+        tick(instance)
+    assert receiver.events == ["backup.failed", "backup.failed", "backup.completed"]
+    assert receiver.accepted[1].event["error"] == "The run was canceled."
+    completed = receiver.accepted[2]
+    assert completed.event["schedule"] == {"id": 1, "name": "Daily"}
+    assert completed.event["backup"] == {
+        "type": "database",
+        "filename": "kanbu_backup_2026-01-18T02-00-00.sql.gz",
+        "fileSize": 1000,
+        "isEncrypted": False,
+        "checksum": "ab" * 32,
+        "durationMs": completed.event["backup"]["durationMs"],
+    }
+    expected = hmac.new(b"s3cret", completed.body, hashlib.sha256).hexdigest()
+    assert completed.headers["X-Kanbu-Signature"] == expected
+    assert len({one.headers["X-Kanbu-Delivery"] for one in receiver.accepted}) == 3
+    assert {before, canceled.run_id, made} == {one.dagster_run.run_id for one in instance.get_run_records()}
+
+
+def test_success_is_told_only_to_who_asked(instance: DagsterInstance, receiver: Receiver) -> None:
+    Path("kanbu_backup.yaml").write_text("schedules: []")
+    successful_run(instance, {})
+    failed_run(instance)
+    tick(instance)
+    assert receiver.events == ["backup.failed"]
+
+
+def test_a_receiver_in_every_kind_of_trouble_loses_nothing_and_keeps_the_order(
+    instance: DagsterInstance, receiver: Receiver
+) -> None:
+    """Down, then failing, hanging, answering garbage; runs go on ending meanwhile. Each run tells two events."""
+    runs = [verification_failing_run(instance, number) for number in range(4)]
+    receiver.stop()
+    moment = 0.0
+    with later(moment):
+        tick(instance)
+    receiver.start()
+    script = iter([500, "hang", "garbage", 302, 404, 503])
+    receiver.behave = lambda request: next(script, 204)
+    for number in range(4, 12):
+        runs.append(verification_failing_run(instance, number))
+        moment += 70
+        with later(moment):
+            tick(instance)
+    told_of = [(one.event["event"], one.event["error"]) for one in receiver.accepted]
+    assert told_of == [
+        (event, error)
+        for number in range(12)
+        for event, error in (("verification.failed", f"bad {number}"), ("backup.failed", f"bad {number}"))
+    ]
+    assert not state(instance).outboxes[WEBHOOK].waiting
+    assert len(receiver.attempts) == 24 + 6
+    assert len({one.headers["X-Kanbu-Delivery"] for one in receiver.accepted}) == 24
+
+
+def verification_failing_run(instance: DagsterInstance, number: int) -> str:
+    filename = f"kanbu_backup_2026-01-18T02-00-{number:02}.sql.gz"
+
+    @op(name="verify")
+    def verify(context: OpExecutionContext) -> None:
+        context.log_event(AssetMaterialization(AssetKey("database_backup"), partition=filename))
+        raise Failure(f"bad {number}", metadata={"verification": MetadataValue.text("failed")}, allow_retries=False)
+
+    @job(name="database_backup")
+    def damaged() -> None:
+        verify()
+
+    return damaged.execute_in_process(instance=instance, raise_on_error=False).run_id
+
+
+def test_a_refused_event_waits_alone_but_for_its_own_run(instance: DagsterInstance, receiver: Receiver) -> None:
+    receiver.behave = lambda request: 422 if request.event["error"] == "bad 0" and refusing else 204
+    refusing = True
+    verification_failing_run(instance, 0)
+    verification_failing_run(instance, 1)
+    tick(instance)
+    assert [one.event["error"] for one in receiver.accepted] == ["bad 1", "bad 1"]
+    refusing = False
+    with later(5):
+        tick(instance)
+    assert [(one.event["event"], one.event["error"]) for one in receiver.accepted[2:]] == [
+        ("verification.failed", "bad 0"),
+        ("backup.failed", "bad 0"),
+    ]
+
+
+def test_a_dead_endpoint_holds_nobody_else_up(
+    instance: DagsterInstance, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = Receiver(behave=lambda request: "hang")
+    dead.start()
+    monkeypatch.setenv("BACKUP_WEBHOOK_URL", dead.url)
+    monkeypatch.setenv("BACKUP_PING_URL", receiver.url)
+    for _ in range(3):
+        successful_run(instance, {})
+    tick(instance)
+    dead.stop()
+    assert receiver.events == ["ping"]  # three successes, one sign of life: the newest
+    waiting = state(instance).outboxes[WEBHOOK].waiting
+    assert len(waiting) == 3
+    assert len(dead.attempts) == 1
+
+
+def test_giving_up_takes_days_and_is_seen(instance: DagsterInstance, receiver: Receiver) -> None:
+    receiver.behave = lambda request: 500
+    run = failed_run(instance)
+    hours = 0.0
+    seen: KanbuError | None = None
+    while seen is None and hours < 24 * 5:
+        with later(hours * 60):
+            try:
+                tick(instance)
+            except KanbuError as error:
+                seen = error
+        hours += 1
+    assert "given up" in str(seen)
+    assert 71 <= hours <= 74
+    assert run in str(seen)
+    assert "S3CRET-IN-PATH" not in str(seen)
+    [lost] = state(instance).outboxes[WEBHOOK].given_up
+    assert (lost.event, lost.key) == ("backup.failed", run)
+    receiver.behave = lambda request: 204
+    failed_run(instance)
+    with later(hours * 60 + 61):
+        tick(instance)
+    assert receiver.events == ["backup.failed"]
+
+
+def test_a_crash_between_answer_and_record_repeats_and_loses_nothing(
+    instance: DagsterInstance, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed_run(instance)
+    failed_run(instance)
+
+    def crash(*arguments: object) -> None:
+        if receiver.accepted:
+            raise SystemExit("killed")
+        remember(*arguments)
+
+    remember: Any = alerts.remember
+    monkeypatch.setattr(alerts, "remember", crash)
+    with pytest.raises(SystemExit):
+        tick(instance)
+    monkeypatch.setattr(alerts, "remember", remember)
+    tick(instance)
+    count = Counter(one.headers["X-Kanbu-Delivery"] for one in receiver.accepted)
+    assert sorted(count.values()) == [1, 2]
+
+
+def test_a_run_told_late_by_the_database_is_not_missed(instance: DagsterInstance, receiver: Receiver) -> None:
+    """PostgreSQL may show an event with a lower number after one with a higher."""
+    failed_run(instance)
+    failed_run(instance)
+    tick(instance)
+    early, late = state(instance).seen
+    changed = state(instance).model_copy(update={"seen": [late]})  # as if the first had not been visible
+    alerts.remember(instance, alerts.ALERTS_KEY, changed)
+    tick(instance)
+    tick(instance)
+    assert len(receiver.accepted) == 3
+    assert early in state(instance).seen
+
+
+def test_a_passing_failure_of_a_schedule_is_tried_once_more_before_it_is_told(
+    instance: DagsterInstance, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BACKUP_RETRY_AFTER_SECONDS", "300")
+    given = {key.replace("/", "__"): value for key, value in SCHEDULED.items()}
+    first = failed_run(instance, **given)  # no failed step: its worker died
+    assert not tick(instance).run_requests
+    assert receiver.attempts == []
+    with later(6):
+        [request] = tick(instance).run_requests or []
+    assert request.job_name == "database_backup"
+    assert request.tags == {**SCHEDULED, tags.SECOND_ATTEMPT_OF: first}
+    with later(7):  # Dagster did not start it: asked again, under the same key
+        assert [one.run_key for one in tick(instance).run_requests or []] == [request.run_key]
+    second = failed_run(instance, **{key.replace("/", "__"): value for key, value in request.tags.items()})
+    with later(8):
+        assert not tick(instance).run_requests
+    assert receiver.events == ["backup.failed"]
+    assert second in receiver.accepted[0].event["error"]
+    failed_run(instance)  # by hand: told at once
+    tick(instance)
+    assert receiver.events == ["backup.failed"] * 2
+
+
+def test_a_second_attempt_that_nobody_starts_is_told_instead(
+    instance: DagsterInstance, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BACKUP_RETRY_AFTER_SECONDS", "300")
+    failed_run(instance, **{key.replace("/", "__"): value for key, value in SCHEDULED.items()})
+    tick(instance)
+    with later(40):
+        tick(instance)
+    assert receiver.events == ["backup.failed"]
+
+
+@pytest.mark.parametrize(("kind", "again"), [("SourceError", True), ("SettingsError", False), (None, False)])
+def test_only_what_may_pass_is_tried_again(
+    kind: str | None, again: bool, instance: DagsterInstance, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BACKUP_RETRY_AFTER_SECONDS", "300")
+
+    @op
+    def dump() -> None:
+        if kind is None:
+            raise ZeroDivisionError("a fault with a p4ssw0rd in it")
+        raise Failure("the server is away", metadata={"error": kind}, allow_retries=False)
+
+    @job(name="database_backup", tags=SCHEDULED)
+    def failing() -> None:
+        dump()
+
+    failing.execute_in_process(instance=instance, raise_on_error=False)
+    tick(instance)
+    assert bool(state(instance).second_attempts) is again
+    assert receiver.events == ([] if again else ["backup.failed"])
+    assert b"p4ssw0rd" not in b"".join(one.body for one in receiver.attempts)
+
+
+def test_ops_and_checks_tell_what_the_end_alone_does_not(instance: DagsterInstance, receiver: Receiver) -> None:
+    @op
+    def prune(context: OpExecutionContext) -> None:
+        held = PruneHeld(
+            key=context.run_id, timestamp=datetime.now(timezone.utc), prune=PrunePart(reason="the clock leapt", held=3)
+        )
+        context.add_output_metadata(told(held))
+        context.log_event(
+            AssetCheckEvaluation(
+                asset_key=AssetKey("database_backup"),
+                check_name="verified",
+                passed=False,
+                description="Checksum mismatch",
+                partition="kanbu_backup_2026-01-18T02-00-00.sql.gz",
+            )
+        )
+
+    @job(name="verify_pending_backups")
+    def checking() -> None:
+        prune()
+
+    checking.execute_in_process(instance=instance)
+    tick(instance)
+    assert receiver.events == ["prune.held", "verification.failed"]
+    assert receiver.accepted[0].event["prune"] == {"type": None, "reason": "the clock leapt", "held": 3}
+    assert receiver.accepted[1].event["verification"]["filename"] == "kanbu_backup_2026-01-18T02-00-00.sql.gz"
+
+
+def test_silence_is_told_once_and_its_end_too(instance: DagsterInstance, receiver: Receiver) -> None:
+    with time_machine.travel(datetime(2026, 1, 18, 3, 0, tzinfo=timezone.utc), tick=False) as clock:
+        watch(instance)
+
+        def pass_time(hours: float) -> None:
+            for _ in range(max(1, round(hours * 15))):
+                clock.shift(timedelta(minutes=4))
+                watch(instance)
+            tick(instance)
+
+        clock.shift(timedelta(hours=27))  # the service was down meanwhile; first late starts have their chance
+        watch(instance)
+        tick(instance)
+        assert receiver.events == []
+        pass_time(3)  # 09:00 on the 19th: due at 02:00, and six hours of grace
+        assert receiver.events == ["backup.overdue"]
+        assert receiver.accepted[0].event["overdue"] == {
+            "lastSuccessAt": None,
+            "expectedBy": "2026-01-19T08:00:00.000Z",
+        }
+        pass_time(2)
+        assert receiver.events == ["backup.overdue"]
+        successful_run(instance, SCHEDULED)
+        tick(instance)
+        pass_time(0.1)
+        assert receiver.events == ["backup.overdue", "backup.completed", "backup.recovered"]
+        recovered = receiver.accepted[2].event
+        assert recovered["backup"]["filename"] == "kanbu_backup_2026-01-18T02-00-00.sql.gz"
+        assert recovered["overdue"]["expectedBy"] == "2026-01-19T08:00:00.000Z"
+
+
+def test_a_config_that_cannot_be_used_is_told_once(instance: DagsterInstance, receiver: Receiver) -> None:
+    Path("kanbu_backup.yaml").write_text('schedules:\n  - {id: 1, name: Bad, type: database, cron: "61 * * * *"}\n')
+    assert "line 2" in watch(instance)
+    tick(instance)
+    assert receiver.events == []
+    with later(2):
+        watch(instance)
+        watch(instance)
+        tick(instance)
+        tick(instance)
+    assert receiver.events == ["config.invalid"]
+    [problem] = receiver.accepted[0].event["config"]["problems"]
+    assert problem["line"] == 2
+    assert "schedule 1 (Bad)" in problem["message"]
+
+
+def test_storage_that_runs_low_is_told_once(
+    instance: DagsterInstance, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BACKUP_LOCAL_PATH", str(tmp_path))
+    successful_run(instance, SCHEDULED)
+    tick(instance)
+    room = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    current = state(instance)
+    backup = current.successes["1"].backup
+    current.successes["1"].backup = backup.model_copy(update={"file_size": room // 2})
+    alerts.remember(instance, alerts.ALERTS_KEY, current)
+    assert "Storage is low" in watch(instance)
+    with later(20):
+        watch(instance)
+        tick(instance)
+    assert receiver.events == ["backup.completed", "storage.low"]
+    low = receiver.accepted[1].event["storage"]
+    assert low["neededBytes"] == room // 2 * 3  # a backup a day, three days
+
+
+def test_no_tick_row_or_state_holds_the_url(instance: DagsterInstance, receiver: Receiver) -> None:
+    receiver.behave = lambda request: 500
+    failed_run(instance)
+    reason = tick(instance).skip_reason
+    assert reason is not None
+    assert "1 waiting" in str(reason.skip_message)
+    assert "127.0.0.1" in str(reason.skip_message)
+    assert "S3CRET" not in str(reason.skip_message) + state(instance).model_dump_json()
+
+
+def eventually(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.2)
+
+
+def test_schedule_run_and_alert_with_a_real_daemon(
+    newest_postgres: PostgresForTest, configure: Configure, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon fires a schedule, sees a run of `job execute` that failed before it was there, and a killed worker."""
+    url = newest_postgres.database("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")
+    configure(url)
+    monkeypatch.setenv("BACKUP_WEBHOOK_URL", receiver.url)
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    Path("kanbu_backup.yaml").write_text(CONFIG.replace("0 2 * * *", "* * * * *"))
+    with open_instance():
+        pass
+    failing = {**os.environ, "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}
+    execute = [sys.executable, "-m", "dagster", "job", "execute", "-m", "kanbu_backup_dagster.definitions"]
+    done = subprocess.run([*execute, "-j", "database_backup"], env=failing, check=False, capture_output=True)
+    assert done.returncode != 0
+    receiver.behave = lambda request: 503 if len(receiver.attempts) == 1 else 204
+    daemon = subprocess.Popen(
+        [sys.executable, "-m", "dagster._daemon", "run", "-m", "kanbu_backup_dagster.definitions"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        eventually(lambda: receiver.attempts, 60)
+        with psycopg2.connect(url) as session, session.cursor() as cursor:
+            cursor.execute("LOCK TABLE t")
+            worker = subprocess.Popen(
+                [*execute, "-j", "database_backup"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            cursor.execute("SELECT 1")
+            eventually(lambda: _waits_for_a_lock(newest_postgres, url), 30)
+            worker.send_signal(signal.SIGKILL)
+            worker.wait()
+        eventually(lambda: any("is killed" in str(one.event.get("error")) for one in receiver.accepted), 60)
+        eventually(lambda: "backup.completed" in receiver.events, 90)
+        eventually(lambda: receiver.events.count("backup.failed") == 2, 60)
+    finally:
+        os.killpg(daemon.pid, signal.SIGTERM)
+        daemon.wait(30)
+    completed = next(one for one in receiver.accepted if one.event["event"] == "backup.completed")
+    assert completed.event["schedule"] == {"id": 1, "name": "Daily"}
+    filename = completed.event["backup"]["filename"]
+    assert (Path(os.environ["BACKUP_LOCAL_PATH"]) / filename).is_file()
+    early = [json.loads(one.body)["error"] for one in receiver.accepted if one.event["event"] == "backup.failed"]
+    assert any("nobody@" in error or "127.0.0.1" in error or "No backup method" in error for error in early)
+    with DagsterInstance.get() as instance:
+        scheduled = [run for run in instance.get_runs() if run.tags.get(tags.TRIGGER) == "scheduled"]
+        assert scheduled
+        assert scheduled[-1].tags[tags.TARGET] == "database"
+
+
+def _waits_for_a_lock(server: PostgresForTest, url: str) -> bool:
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    return server.query(url, waiting) == [["1"]]
