@@ -1,0 +1,144 @@
+"""The main job against what a shell would do: speed, size, verification, and memory by size of dump."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from dagster import DagsterEventType, DagsterInstance
+
+from benchmarks.board import board, grow
+from benchmarks.measuring import RATIO_HEADER, Measured, Report, interleaved, process
+from kanbu_backup_dagster.backup.environment import load_environment
+from kanbu_backup_dagster.orchestration.dagster_home import ensure_home
+from kanbu_backup_dagster.sources.embedded_postgres import EmbeddedPostgres
+
+GIGABYTES = float(os.environ.get("KANBU_BENCH_GB", "2"))
+MEMORY_SIZES = [float(size) for size in os.environ.get("KANBU_BENCH_MEMORY_GB", "0.1,1,4").split(",")]
+_DEFINITIONS = "kanbu_backup_dagster.definitions"
+_JOB = [sys.executable, "-m", "dagster", "job", "execute", "-m", _DEFINITIONS, "-j", "database_backup"]
+
+
+class _Bench:
+    """A folder for everything, and the environment that points there."""
+
+    def __init__(self, folder: Path, server: EmbeddedPostgres) -> None:
+        self.store, self.home = folder / "store", folder / "dagster"
+        self.server = server
+        os.environ |= {
+            "DATABASE_URL": server.database_url("kanbu"),
+            "BACKUP_PG_MODE": "direct",
+            "BACKUP_LOCAL_PATH": str(self.store),
+            "BACKUP_ENCRYPTION_KEY": "a benchmark's passphrase",
+            "DAGSTER_HOME": str(self.home),
+        }
+        ensure_home()
+        self.pipeline_file = folder / "pipeline.enc"
+
+    def clear(self) -> None:
+        """One backup at a time on the disk."""
+        shutil.rmtree(self.store, ignore_errors=True)
+        self.store.mkdir()
+
+    def job(self) -> Measured:
+        self.clear()
+        shutil.rmtree(self.home)
+        ensure_home()
+        return process(_JOB)
+
+    def step_seconds(self, step: str) -> float:
+        """How long a step of the last run took, by Dagster's own record."""
+        with DagsterInstance.get() as instance:
+            (run,) = instance.get_runs()
+            moments = {
+                event.dagster_event_type: event.timestamp
+                for event in instance.all_logs(run.run_id)
+                if event.step_key == step and event.dagster_event_type
+            }
+        return moments[DagsterEventType.STEP_SUCCESS] - moments[DagsterEventType.STEP_START]
+
+    @property
+    def dump(self) -> str:
+        return f"{self.server.bin_folder / 'pg_dump'} -d '{self.server.database_url('kanbu')}'"
+
+
+def run() -> list[Report]:
+    """Speed and size at `GIGABYTES`, then the worker's memory at each of `MEMORY_SIZES`."""
+    with tempfile.TemporaryDirectory(prefix="kanbu-bench-") as folder, board(min(MEMORY_SIZES)) as (server, _):
+        bench = _Bench(Path(folder), server)
+        sizes = sorted({*MEMORY_SIZES, GIGABYTES})
+        memory = Report("Memory of the worker", ("dump", "stored", "peak of the worker's process"))
+        reports = []
+        for size in sizes:
+            grow(server, "kanbu", size)
+            if size == GIGABYTES:
+                reports.append(_speed(bench))
+            if size in MEMORY_SIZES:
+                measured = bench.job()
+                (backup,) = load_environment().catalog.backups()
+                assert backup.manifest is not None
+                memory.rows.append(
+                    (
+                        f"{backup.manifest.raw_bytes / 1e9:.2f} GB",
+                        f"{backup.manifest.stored_bytes / 1e9:.2f} GB",
+                        f"{measured.peak_mb:.0f} MB",
+                    )
+                )
+        return [*reports, memory]
+
+
+def _speed(bench: _Bench) -> Report:
+    stored: list[float] = []
+    verified: list[float] = []
+
+    def whole_job() -> float:
+        seconds = bench.job().seconds
+        stored.append(bench.step_seconds("store"))
+        verified.append(bench.step_seconds("verify"))
+        return seconds
+
+    def digests() -> float:
+        (backup,) = load_environment().catalog.backups()
+        digest = f"openssl dgst -sha256 {bench.store / backup.filename}"
+        return process(f"{digest} && {digest}").seconds
+
+    pipeline = f"{bench.dump} | gzip -6 | openssl enc -aes-256-ctr -pbkdf2 -pass pass:x > {bench.pipeline_file}"
+    seconds = interleaved(
+        {
+            "pg_dump > /dev/null": lambda: process(f"{bench.dump} > /dev/null").seconds,
+            "dagster job execute": whole_job,
+            "openssl dgst, twice": digests,
+            "shell pipeline": lambda: process(pipeline).seconds,
+        }
+    )
+    (backup,) = load_environment().catalog.backups()
+    assert backup.manifest is not None
+    report = Report(
+        f"Database backup, a dump of {backup.manifest.raw_bytes / 1e9:.2f} GB (PostgreSQL {bench.server.version})",
+        RATIO_HEADER,
+    )
+    report.ratio("`store` op", "`pg_dump > /dev/null`", stored[1:], seconds["pg_dump > /dev/null"], 1.05)
+    report.ratio(
+        "`dagster job execute`, the whole process",
+        "`pg_dump \\| gzip -6 \\| openssl enc`",
+        seconds["dagster job execute"],
+        seconds["shell pipeline"],
+        0.40,
+    )
+    report.ratio("`verify` op", "`openssl dgst -sha256`, twice", verified[1:], seconds["openssl dgst, twice"], 1.30)
+    size, other = backup.manifest.stored_bytes, bench.pipeline_file.stat().st_size
+    report.rows.append(
+        (
+            "size",
+            f"{size / 1e6:.1f} MB",
+            "`gzip -6`",
+            f"{other / 1e6:.1f} MB",
+            f"**{size / other:.3f}**",
+            "at most 1.08",
+        )
+    )
+    report.bars["size"] = (size / other, 1.08)
+    return report
