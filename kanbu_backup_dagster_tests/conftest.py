@@ -194,15 +194,32 @@ def _clients_container(docker_engine: DockerEngine, _postgres_servers: PostgresS
         yield container
 
 
-@pytest.fixture(params=["direct", pytest.param("docker", marks=pytest.mark.real("docker"))])
-def each_mode(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _postgres_servers: PostgresServers
+@pytest.fixture
+def docker_mode(
+    docker_engine: DockerEngine,
+    _clients_container: str,
+    _postgres_servers: PostgresServers,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[PostgresForTest]:
-    """A real PostgreSQL server, and an environment that asks for direct mode, then for docker mode, to reach it."""
-    monkeypatch.setenv("BACKUP_PG_MODE", request.param)
-    if request.param == "direct":
-        yield request.getfixturevalue("newest_postgres")
-        return
-    monkeypatch.setenv("POSTGRES_CONTAINER", request.getfixturevalue("_clients_container"))
-    monkeypatch.setenv("DOCKER_HOST", request.getfixturevalue("docker_engine").host)
+    """A real PostgreSQL server, and an environment that asks for docker mode to reach it."""
+    monkeypatch.setenv("BACKUP_PG_MODE", "docker")
+    monkeypatch.setenv("POSTGRES_CONTAINER", _clients_container)
+    monkeypatch.setenv("DOCKER_HOST", docker_engine.host)
     yield from _postgres(_postgres_servers, IMAGE_MAJOR)
+
+
+@pytest.fixture
+def direct_mode(newest_postgres: PostgresForTest, monkeypatch: pytest.MonkeyPatch) -> PostgresForTest:
+    """A real PostgreSQL server, and an environment that asks for direct mode to reach it."""
+    monkeypatch.setenv("BACKUP_PG_MODE", "direct")
+    return newest_postgres
+
+
+EACH_MODE = ("direct_mode", pytest.param("docker_mode", marks=pytest.mark.real("docker")))
+
+
+@pytest.fixture(params=EACH_MODE)
+def each_mode(request: pytest.FixtureRequest) -> PostgresForTest:
+    """`direct_mode`, then `docker_mode`."""
+    server: PostgresForTest = request.getfixturevalue(request.param)
+    return server

@@ -48,7 +48,7 @@ PAUSE_SECONDS = 120.0
 """How long the container may stay paused, as `docker commit` does to it for a while."""
 
 GUARD_AFTER_SECONDS = 1.0
-"""What takes less time is not worth a guard."""
+"""A program that only reads, and takes less time, is not worth a guard."""
 
 SIGN_OF_LIFE_SECONDS = 5.0
 GUARD_PATIENCE_SECONDS = 60
@@ -249,7 +249,8 @@ class ExecProcess:
                     f"{self._tool} cannot be fed through a Docker engine reached by TLS.",
                     advice="Run this on the engine's machine, or forward its socket with ssh -L and set DOCKER_HOST.",
                 )
-            self._guard = _Guard(container, self._read_process_number())
+            # What is fed may change the database, and hold locks on it from its first moment.
+            self._guard = _Guard(container, self._read_process_number(), after=0 if feeds else GUARD_AFTER_SECONDS)
             undo.pop_all()
 
     def _read_process_number(self) -> int:
@@ -405,7 +406,8 @@ class ExecProcess:
 class _Guard:
     """Ends a program in a container when it is told to, and when we are no longer there to tell."""
 
-    def __init__(self, container: str, process_number: int) -> None:
+    def __init__(self, container: str, process_number: int, *, after: float) -> None:
+        self._after = after
         self._container = container
         self._process_number = process_number
         self._dismissed = threading.Event()
@@ -420,7 +422,7 @@ class _Guard:
         self._thread.join(ENDING_SECONDS)
 
     def _keep(self) -> None:
-        if self._dismissed.wait(GUARD_AFTER_SECONDS) and self._ended:
+        if self._dismissed.wait(self._after) and self._ended:
             return
         while True:
             try:

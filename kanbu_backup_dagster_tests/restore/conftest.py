@@ -20,6 +20,7 @@ from kanbu_backup_dagster.settings import Settings, load_settings
 from kanbu_backup_dagster.sources.postgres import prepare_dump
 from kanbu_backup_dagster.storage.open import open_storage
 from kanbu_backup_dagster.storage.protocol import Storage
+from kanbu_backup_dagster_tests.conftest import EACH_MODE
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
 
 
@@ -108,10 +109,15 @@ def drop_what_restores_left(bench: Bench) -> None:
         bench.postgres.server.psql(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
+in_each_mode = pytest.mark.parametrize("bench", EACH_MODE, indirect=True)
+"""Decorates a test so that its `bench` is reached directly, then through a container."""
+
+
 @pytest.fixture
-def bench(newest_postgres: PostgresForTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """The sample project board on the newest server, no key set."""
-    made = make_bench(newest_postgres, newest_postgres.sample_database(), tmp_path / "storage", monkeypatch)
+    postgres = request.getfixturevalue(getattr(request, "param", "newest_postgres"))
+    made = make_bench(postgres, postgres.sample_database(), tmp_path / "storage", monkeypatch)
     yield made
     drop_what_restores_left(made)
 

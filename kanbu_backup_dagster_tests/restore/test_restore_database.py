@@ -27,7 +27,7 @@ from kanbu_backup_dagster.restore.swap import drop_replaced, find_replaced
 from kanbu_backup_dagster.settings import load_settings
 from kanbu_backup_dagster.sources.clients import find_clients
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
-from kanbu_backup_dagster_tests.restore.conftest import Bench, drop_what_restores_left, make_bench
+from kanbu_backup_dagster_tests.restore.conftest import Bench, drop_what_restores_left, in_each_mode, make_bench
 
 EVERYTHING = Path(__file__).with_name("everything.sql")
 
@@ -121,6 +121,7 @@ def test_a_dump_by_a_newer_client_restores_to_the_older_server(
     drop_what_restores_left(bench)
 
 
+@in_each_mode
 def test_the_replaced_database_is_kept_until_a_later_backup_is_verified(bench: Bench) -> None:
     manifest = bench.backup()
     bench.sql("CREATE TABLE written_after_the_backup (n integer); INSERT INTO written_after_the_backup VALUES (42)")
@@ -257,6 +258,7 @@ def test_what_changes_between_the_passes_is_never_swapped_in(bench: Bench, monke
     assert bench.dump() == before
 
 
+@in_each_mode
 def test_a_missing_row_is_found_before_the_swap(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     file = bench.backup().filename
     before = bench.dump()
@@ -292,6 +294,7 @@ def test_both_confirmations_are_needed(bench: Bench) -> None:
             bench.plan(file, confirm_target=wrong)
 
 
+@in_each_mode
 def test_missing_roles_are_named_and_can_be_created(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     server = bench.postgres.server
     server.psql("CREATE ROLE gone_tomorrow")
@@ -323,6 +326,7 @@ def test_a_role_that_may_not_do_it_is_told_before_anything_is_done(
     assert any("does not own" in problem for problem in refused.value.tried)
 
 
+@in_each_mode
 def test_an_owner_without_superuser_restores_its_own_database(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     server = bench.postgres.server
     server.psql("DROP ROLE IF EXISTS plain_owner; CREATE ROLE plain_owner LOGIN CREATEDB")
@@ -344,6 +348,7 @@ def test_an_owner_without_superuser_restores_its_own_database(bench: Bench, monk
     server.psql(f"DROP DATABASE {name}; DROP DATABASE {swapped.replaced}; DROP ROLE plain_owner")
 
 
+@in_each_mode
 def test_what_a_killed_restore_left_is_removed_by_the_next(bench: Bench) -> None:
     file = bench.backup().filename
     left = staging_prefix(bench.name) + "00000000"

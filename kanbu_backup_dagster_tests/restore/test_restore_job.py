@@ -22,7 +22,7 @@ from kanbu_backup_dagster.errors import BusyError, KanbuError, RestoreError
 from kanbu_backup_dagster.orchestration.dagster_home import open_instance
 from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
 from kanbu_backup_dagster.orchestration.target_lock import Holder, open_locks, storage_name
-from kanbu_backup_dagster_tests.restore.conftest import Bench
+from kanbu_backup_dagster_tests.restore.conftest import Bench, in_each_mode
 
 SLEEPING_DUMP = b"""CREATE TABLE t (n integer);
 SELECT pg_sleep(60);
@@ -150,6 +150,7 @@ def test_whoever_comes_second_is_told_who_holds_the_target(bench: Bench) -> None
     assert run_restore(bench, file).success
 
 
+@in_each_mode
 def test_a_terminated_restore_drops_its_staging_database(bench: Bench) -> None:
     file = bench.legacy(SLEEPING_DUMP)
     before = bench.dump()

@@ -23,7 +23,7 @@ from kanbu_backup_dagster.restore.plan import RestorePlan
 from kanbu_backup_dagster.settings import load_settings
 from kanbu_backup_dagster.sources.embedded_postgres import EmbeddedPostgres
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest, available_majors
-from kanbu_backup_dagster_tests.restore.conftest import Bench, drop_what_restores_left, make_bench
+from kanbu_backup_dagster_tests.restore.conftest import Bench, drop_what_restores_left, in_each_mode, make_bench
 
 CLIENTS = 12
 
@@ -125,6 +125,7 @@ class Client(threading.Thread):
             connection.close()
 
 
+@in_each_mode
 def test_clients_at_work_lose_nothing_and_hardly_notice(bench: Bench) -> None:
     bench.sql("CREATE TABLE writes (client integer, n integer)")
     file = bench.backup().filename
@@ -161,6 +162,7 @@ def test_clients_at_work_lose_nothing_and_hardly_notice(bench: Bench) -> None:
     assert bench.sql("SELECT count(*) > 0 FROM writes", bench.name) == "t\n"
 
 
+@in_each_mode
 def test_a_swap_that_fails_half_way_is_undone(bench: Bench) -> None:
     before, live = bench.dump(), oid(bench)
     file = bench.backup().filename
@@ -174,6 +176,7 @@ def test_a_swap_that_fails_half_way_is_undone(bench: Bench) -> None:
     assert bench.dump() == before
 
 
+@in_each_mode
 def test_killed_in_the_middle_of_the_swap_the_live_database_is_there_and_open(bench: Bench) -> None:
     before, live = bench.dump(), oid(bench)
     file = bench.backup().filename
@@ -215,6 +218,7 @@ def test_killed_in_the_middle_of_the_swap_the_live_database_is_there_and_open(be
     assert bench.dump() == before
 
 
+@in_each_mode
 def test_killed_while_loading_leaves_a_staging_database_that_the_next_run_removes(bench: Bench) -> None:
     before = bench.dump()
     file = bench.backup().filename
