@@ -6,6 +6,7 @@ What belongs here: putting the parts together. What does not: logic, and I/O bey
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from typing import Any
 
 from dagster import Definitions, in_process_executor
@@ -17,6 +18,7 @@ from kanbu_backup_dagster.orchestration.jobs import JOBS
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.restore_ops import RESTORE_ASSETS
 from kanbu_backup_dagster.orchestration.run_scope import run_scope
+from kanbu_backup_dagster.orchestration.schedule_asset import schedule_file_asset, with_freshness
 from kanbu_backup_dagster.orchestration.schedules import build_schedules
 
 
@@ -26,9 +28,11 @@ def build_definitions(*, resource_overrides: Mapping[str, Any] | None = None) ->
     Args:
         resource_overrides: Resources in place of the usual ones, by name; for tests.
     """
-    schedules = build_schedules(load_configuration(), JOBS)
+    configuration = load_configuration()
+    schedules = build_schedules(configuration, JOBS)
+    assets = with_freshness([*ASSETS, *RESTORE_ASSETS], configuration, datetime.now(timezone.utc))
     return Definitions(
-        assets=[*ASSETS, *RESTORE_ASSETS],
+        assets=[*assets, schedule_file_asset(configuration, schedules.problems)],
         jobs=JOBS,
         schedules=schedules.schedules,
         sensors=build_sensors(JOBS, schedules.problems),

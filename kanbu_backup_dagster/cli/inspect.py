@@ -142,6 +142,8 @@ def status(as_json: bool) -> None:
         "database": _database_status(environment),
         "encryption": _encryption_status(environment),
         "backups": _counts(environment),
+        "schedules": _schedules_status(),
+        "alerts": _alerts_status(),
         "dagster_home": str(dagster_home()),
         "settings": _settings(environment),
     }
@@ -198,6 +200,46 @@ def _counts(environment: Environment) -> dict[str, Any]:
     counts |= Counter(backup.status.value for backup in backups)
     counts["by_type"] = dict(Counter(backup.type.value for backup in backups))
     return counts
+
+
+def _schedules_status() -> dict[str, Any]:
+    # Imported here: other commands need no Dagster, which takes a second to import.
+    from kanbu_backup_dagster.orchestration.configuration import load_configuration
+
+    configuration = load_configuration()
+    enabled = sum(row.enabled for row in configuration.file.schedules)
+    return {
+        "file": str(configuration.file.path) if configuration.file.exists else None,
+        "mode": configuration.settings.scheduler_mode.value if configuration.settings else None,
+        "enabled": enabled,
+        "problems": list(configuration.problems),
+    }
+
+
+def _alerts_status() -> dict[str, Any]:
+    """What waits to be told, what was given up, and what is wrong without a run having failed."""
+    if not (dagster_home() / "dagster.yaml").exists():
+        return {}  # Nothing has run yet, and looking makes nothing.
+    from kanbu_backup_dagster.orchestration.alerts import alerts_report
+    from kanbu_backup_dagster.orchestration.dagster_home import open_instance
+
+    with open_instance() as instance:
+        report = alerts_report(instance)
+    facts: dict[str, Any] = {}
+    for name, box in report.alerts.outboxes.items():
+        facts[name] = {
+            "waiting": len(box.waiting),
+            "last_delivered": box.delivered_at.isoformat(timespec="seconds") if box.delivered_at else None,
+            "trouble": box.last_error,
+            "given_up": [
+                f"{lost.at:%Y-%m-%d %H:%M} UTC {lost.event} ({lost.key}): {lost.error}" for lost in box.given_up
+            ],
+        }
+    facts["overdue"] = [
+        f"schedule {key} since {gap.expected_by:%Y-%m-%d %H:%M} UTC" for key, gap in report.watch.gaps.items()
+    ]
+    facts["storage_low"] = report.watch.storage_low
+    return facts
 
 
 def _settings(environment: Environment) -> dict[str, str]:

@@ -47,7 +47,13 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake ends in a message, not a traceback."""
-    from kanbu_backup_dagster.cli import backups, inspect, restore, serve  # noqa: F401  # commands register on import
+    from kanbu_backup_dagster.cli import (  # noqa: F401  # commands register on import
+        backups,
+        inspect,
+        restore,
+        schedules,
+        serve,
+    )
 
     try:
         cli.main(standalone_mode=False)

@@ -6,6 +6,7 @@ from dagster import in_process_executor, job
 
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.orchestration import backup_ops, restore_ops, tags
+from kanbu_backup_dagster.orchestration.webhook_test import test_webhook
 
 
 @job(
@@ -35,4 +36,4 @@ def restore_database() -> None:
     restore_ops.report(plan, saved, loading, checking, swapping)
 
 
-JOBS = [database_backup, restore_database]
+JOBS = [database_backup, restore_database, test_webhook]

@@ -26,6 +26,8 @@ from dagster import (
     ScheduleEvaluationContext,
     SkipReason,
 )
+from dagster._core.definitions.run_request import InstigatorType
+from dagster._core.scheduler.instigation import InstigatorStatus
 
 from kanbu_backup_dagster.backup.manifest import Trigger
 from kanbu_backup_dagster.orchestration import tags
@@ -54,7 +56,7 @@ UNFINISHED = [
 
 @dataclass(frozen=True)
 class BuiltSchedules:
-    """What became of the file's rows: schedules, and a message for each row without one."""
+    """What became of the file's rows: schedules, and a message for each enabled row without one."""
 
     schedules: tuple[ScheduleDefinition, ...]
     problems: tuple[str, ...]
@@ -80,7 +82,8 @@ def build_schedules(configuration: Configuration, jobs: Sequence[JobDefinition])
     for row in configuration.file.schedules:
         job = by_name.get(JOBS_BY_TYPE[row.type])
         if job is None:
-            problems.append(f"{row}: this release has no job {JOBS_BY_TYPE[row.type]} for the type {row.type.value}")
+            if row.enabled:
+                problems.append(f"{row}: there is no job {JOBS_BY_TYPE[row.type]} for the type {row.type.value}")
             continue
         schedules.append(
             ScheduleDefinition(
@@ -184,3 +187,13 @@ def why_not(
     if former:
         return f"Its former run {former[0].run_id} has not ended ({former[0].status.value.lower()})."
     return None
+
+
+def states_set_in_ui(instance: DagsterInstance) -> dict[str, bool]:
+    """Whether a schedule runs, by its Dagster name, for those that someone started or stopped in the UI. Such a state
+    rules over the file's until it is reset there."""
+    return {
+        state.instigator_name: state.status is InstigatorStatus.RUNNING
+        for state in instance.all_instigator_state(instigator_type=InstigatorType.SCHEDULE)
+        if state.status is not InstigatorStatus.DECLARED_IN_CODE
+    }

@@ -27,6 +27,7 @@ from kanbu_backup_dagster.schedule_file import load_schedule_file, next_runs
 from kanbu_backup_dagster.server import code_server
 from kanbu_backup_dagster.server.exposure import bind, check_exposure
 from kanbu_backup_dagster.server.logs import log_to_stderr
+from kanbu_backup_dagster.server.reloading import following
 from kanbu_backup_dagster.server.supervisor import Program, Supervisor
 from kanbu_backup_dagster.server.trigger import PREFIX
 from kanbu_backup_dagster.settings import SchedulerMode, Settings, load_settings
@@ -89,6 +90,7 @@ def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
         code_socket.unlink(missing_ok=True)
         for line in introduction(options, settings, home, listening):
             tell(line)
+        held.enter_context(following(settings.config_file.absolute(), code_socket))
         Supervisor(_programs(options, folder, code_socket, listening)).run(
             on_ready=lambda: tell(f"Ready{f': {url_of(options, listening)}' if listening else ''}. Ctrl-C ends it.")
         )
