@@ -14,9 +14,11 @@ from dagster import Definitions, in_process_executor
 from kanbu_backup_dagster.orchestration.alerts import build_sensors
 from kanbu_backup_dagster.orchestration.assets import ASSETS
 from kanbu_backup_dagster.orchestration.configuration import load_configuration
+from kanbu_backup_dagster.orchestration.drill_ops import DRILL_ASSETS, DRILL_CHECKS
 from kanbu_backup_dagster.orchestration.jobs import JOBS
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.restore_ops import RESTORE_ASSETS
+from kanbu_backup_dagster.orchestration.restore_source_ops import RESTORE_SOURCE_ASSETS
 from kanbu_backup_dagster.orchestration.run_scope import run_scope
 from kanbu_backup_dagster.orchestration.schedule_asset import schedule_file_asset, with_freshness
 from kanbu_backup_dagster.orchestration.schedules import build_schedules
@@ -30,9 +32,12 @@ def build_definitions(*, resource_overrides: Mapping[str, Any] | None = None) ->
     """
     configuration = load_configuration()
     schedules = build_schedules(configuration, JOBS)
-    assets = with_freshness([*ASSETS, *RESTORE_ASSETS], configuration, datetime.now(timezone.utc))
+    assets = with_freshness(
+        [*ASSETS, *RESTORE_ASSETS, *RESTORE_SOURCE_ASSETS, *DRILL_ASSETS], configuration, datetime.now(timezone.utc)
+    )
     return Definitions(
         assets=[*assets, schedule_file_asset(configuration, schedules.problems)],
+        asset_checks=DRILL_CHECKS,
         jobs=JOBS,
         schedules=schedules.schedules,
         sensors=build_sensors(JOBS, schedules.problems),

@@ -70,3 +70,7 @@ class BusyError(KanbuError):
 
 class RestoreError(KanbuError):
     """A restore or a drill could not be done; the live database is as it was."""
+
+
+class NotDrillableError(RestoreError):
+    """The server of a drill cannot hold what is in the backup ("Not drillable"); nothing is said of the backup."""

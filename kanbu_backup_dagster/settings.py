@@ -79,6 +79,9 @@ class Settings(BaseSettings):
     gdrive_path: Path | None = Field(None, alias="BACKUP_GDRIVE_PATH", description="folder on the mount (gdrive)")
     pg_mode: PgMode = Field(PgMode.AUTO, alias="BACKUP_PG_MODE", description="auto, direct or docker")
     database_url: SecretStr | None = Field(None, alias="DATABASE_URL", description="the database, as Prisma writes it")
+    drill_database_url: SecretStr | None = Field(
+        None, alias="BACKUP_DRILL_DATABASE_URL", description="a server for restore drills; unset: one of our own"
+    )
     postgres_container: str = Field("kanbu-postgres", alias="POSTGRES_CONTAINER", description="container (docker mode)")
     postgres_container_pattern: str = Field(
         "postgres-", alias="POSTGRES_CONTAINER_PATTERN", description="pattern to find the container by (docker mode)"

@@ -21,8 +21,9 @@ from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.cli.arguments import open_backup
 from kanbu_backup_dagster.cli.main import cli
 from kanbu_backup_dagster.errors import KanbuError
+from kanbu_backup_dagster.restore.swap import find_replaced
 from kanbu_backup_dagster.settings import dagster_home, is_secret, value_origins, variable_names
-from kanbu_backup_dagster.sources.postgres import find_method
+from kanbu_backup_dagster.sources.postgres import Method, find_method
 
 _STATUS_STYLE = {
     VerificationStatus.VERIFIED: "green",
@@ -47,7 +48,7 @@ def list_backups(backup_type: str | None, as_json: bool) -> None:
     if not backups:
         click.echo(f"No backups in {environment.storage.location}.")
         return
-    table = Table("File", "Age", "Size", "Rows", "Encrypted with", "Status", box=None, header_style="bold")
+    table = Table("File", "Age", "Size", "Rows", "Encrypted with", "Status", "Proven", box=None, header_style="bold")
     for backup in backups:
         manifest = backup.manifest
         rows = f"{sum(manifest.database.rows.values()):,}" if manifest and manifest.database else ""
@@ -60,6 +61,7 @@ def list_backups(backup_type: str | None, as_json: bool) -> None:
             rows,
             key,
             f"[{style}]{backup.status.value}[/]",
+            _age(manifest.proven_at) if manifest and manifest.proven_at else "",
         )
     _print_wide(table)
 
@@ -81,6 +83,7 @@ def _summary(backup: Backup) -> dict[str, Any]:
         "encrypted": backup.name.encrypted,
         "key_id": manifest.key_id if manifest else None,
         "status": backup.status.value,
+        "proven_at": manifest.proven_at.isoformat() if manifest and manifest.proven_at else None,
         "problem": backup.problem,
     }
 
@@ -179,7 +182,20 @@ def _database_status(environment: Environment) -> dict[str, Any]:
         "server_version": state.server_version,
         "size_bytes": state.size_bytes,
         "tables": state.tables,
+        "replaced": _replaced(method, environment),
     }
+
+
+def _replaced(method: Method, environment: Environment) -> list[str]:
+    """Databases that restores replaced and that are still there."""
+    try:
+        found = find_replaced(method.access, environment.settings)
+    except KanbuError as error:
+        return [f"cannot be looked for: {error}"]
+    return [
+        f"{entry.name} was {entry.target} until {entry.at:%Y-%m-%d %H:%M} UTC; goes with the next verified backup"
+        for entry in found
+    ]
 
 
 def _encryption_status(environment: Environment) -> dict[str, Any]:
@@ -198,6 +214,8 @@ def _counts(environment: Environment) -> dict[str, Any]:
     counts: dict[str, Any] = {"total": len(backups)}
     counts |= {status.value: 0 for status in VerificationStatus}
     counts |= Counter(backup.status.value for backup in backups)
+    proven = [backup.manifest.proven_at for backup in backups if backup.manifest and backup.manifest.proven_at]
+    counts["last_proven_at"] = max(proven).isoformat() if proven else None
     counts["by_type"] = dict(Counter(backup.type.value for backup in backups))
     return counts
 

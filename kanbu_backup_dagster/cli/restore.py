@@ -1,4 +1,4 @@
-"""`kanbu-backup restore`: showing what would be replaced by what, asking twice, and running the job in this process."""
+"""`kanbu-backup restore` and `drill`: what would be replaced by what, asking twice, and running the job here."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from kanbu_backup_dagster.cli.main import cli
 from kanbu_backup_dagster.errors import RestoreError
 from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
 from kanbu_backup_dagster.restore.plan import OVERWRITES, PRE_RESTORE, RestoreRequest, judge_file, look_at
-from kanbu_backup_dagster.restore.server import find_databases, open_server
+from kanbu_backup_dagster.restore.server import Server, find_databases, open_server
 from kanbu_backup_dagster.settings import Settings
-from kanbu_backup_dagster.sources.connection import require_connection
 
 
 @cli.command("restore")
 @click.argument("file")
 @click.option("--database-url", "url", help="The server and database, in place of DATABASE_URL.")
 @click.option("--target-database", help="Another database of that server, new or existing.")
+@click.option("--into", help="Of a source backup: the empty or new folder it is extracted into.")
 @click.option("--yes", is_flag=True, help="Ask nothing; needs --confirm.")
 @click.option("--confirm", metavar="NAME", help="With --yes: the name of the database that is replaced.")
 @click.option(
@@ -41,6 +41,7 @@ def restore(
     file: str,
     url: str | None,
     target_database: str | None,
+    into: str | None,
     yes: bool,
     confirm: str | None,
     force: bool,
@@ -49,11 +50,11 @@ def restore(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Replace the database by the backup FILE, a name in the storage or a path.
+    """Replace the database by the backup FILE, a name in the storage or a path; or extract a source backup.
 
-    It is loaded and checked aside first; a failure changes nothing.
+    A database is loaded and checked aside first; a failure changes nothing.
     """
-    if yes and confirm is None:
+    if into is None and yes and confirm is None:
         raise click.UsageError("--yes needs --confirm NAME, the name of the database that is replaced.")
     path = Path(file)
     request = RestoreRequest(
@@ -62,11 +63,16 @@ def restore(
         target_database=target_database,
         force=force,
     )
+    if into is not None:
+        if url or target_database or drop_replaced or create_roles:
+            raise click.UsageError("--into extracts a source backup; the options of databases do not go with it.")
+        _extract(request, str(Path(into).absolute()), as_json=as_json, verbose=verbose)
+        return
     with _database(url):
         environment = load_environment()
-        target = target_database or require_connection(environment.settings).database
         backup, _, warnings = judge_file(request, environment.storage, environment.keys)
-        _show(backup, environment.settings, target, warnings)
+        server, target = open_server(environment.settings, target=target_database)
+        _show(backup, server, environment.settings, target, warnings)
         _confirm(target, yes=yes, confirm=confirm)
         outcome = _run(
             "restore_database",
@@ -97,6 +103,29 @@ def restore(
         click.echo(f"Note: {remark}")
 
 
+def _extract(request: RestoreRequest, into: str, *, as_json: bool, verbose: bool) -> None:
+    # Nothing that exists is ever overwritten, so there is nothing to confirm.
+    outcome = _run(
+        "restore_source",
+        {
+            "file": request.file,
+            "into": into,
+            "force": request.force,
+            **({"folder": request.folder} if request.folder else {}),
+        },
+        silent=as_json or verbose,
+        verbose=verbose,
+        op="validate_source",
+    )
+    result = outcome.report
+    if as_json:
+        click.echo(json.dumps({"run_id": outcome.run_id, **_plain(result)}, indent=2, ensure_ascii=False))
+        return
+    click.echo(f"{result['target']}: {result['files']:,} files, {result['bytes'] / 1e6:,.1f} MB, from {result['file']}")
+    for remark in result["remarks"]:
+        click.echo(f"Note: {remark}")
+
+
 @contextmanager
 def _database(url: str | None) -> Iterator[None]:
     """Within this, `url` stands in for DATABASE_URL."""
@@ -107,9 +136,8 @@ def _database(url: str | None) -> Iterator[None]:
         database_url.reset(token)
 
 
-def _show(backup: Backup, settings: Settings, target: str, warnings: list[str]) -> None:
+def _show(backup: Backup, server: Server, settings: Settings, target: str, warnings: list[str]) -> None:
     """What would be replaced by what, on standard error: answers are read beside it, results go elsewhere."""
-    server = open_server(settings, avoid=(target,))
     live = find_databases(server, settings).get(target)
     now = look_at(server, settings, target) if live else None
     facts = backup.manifest.database if backup.manifest else None
@@ -142,8 +170,10 @@ def _confirm(target: str, *, yes: bool, confirm: str | None) -> None:
         )
 
 
-def _run(job: str, config: dict[str, Any], *, silent: bool, verbose: bool, op: str = "validate") -> Outcome:
-    with byte_bar("Restoring", silent=silent) as bar:
+def _run(
+    job: str, config: dict[str, Any], *, silent: bool, verbose: bool, op: str = "validate", doing: str = "Restoring"
+) -> Outcome:
+    with byte_bar(doing, silent=silent) as bar:
         outcome = run_job(job, run_config={"ops": {op: {"config": config}}}, verbose=verbose, on_progress=bar)
     if not outcome.success:
         raise outcome.error
@@ -152,3 +182,26 @@ def _run(job: str, config: dict[str, Any], *, silent: bool, verbose: bool, op: s
 
 def _plain(report: Any) -> dict[str, Any]:
     return {name: value for name, value in report.items() if isinstance(value, str | int | float | list | bool | None)}
+
+
+@cli.command("drill")
+@click.argument("file", required=False)
+@click.option("--older", type=click.IntRange(0), help="Drill this many older backups too, drawn at random.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--verbose", is_flag=True, help="Show the run's log.")
+def drill(file: str | None, older: int | None, as_json: bool, verbose: bool) -> None:
+    """Restore the newest backup, or FILE, aside, and compare it with its manifest."""
+    config: dict[str, Any] = {"file": file} if file else {}
+    if older is not None:
+        config["older_samples"] = older
+    outcome = _run("restore_drill", config, silent=as_json or verbose, verbose=verbose, op="choose", doing="Drilling")
+    result = outcome.report
+    if as_json:
+        click.echo(json.dumps({"run_id": outcome.run_id, **_plain(result)}, indent=2, ensure_ascii=False))
+        return
+    click.echo(
+        f"{result['file']} is proven: {result['rows']:,} rows in {result['tables']:,} tables, as backed up. A restore "
+        f"takes about {result['restore_s']:.1f} s."
+    )
+    for remark in result["remarks"]:
+        click.echo(f"Note: {remark}")

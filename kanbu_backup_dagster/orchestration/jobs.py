@@ -5,7 +5,7 @@ from __future__ import annotations
 from dagster import in_process_executor, job
 
 from kanbu_backup_dagster.backup.names import BackupType
-from kanbu_backup_dagster.orchestration import backup_ops, restore_ops, tags
+from kanbu_backup_dagster.orchestration import backup_ops, drill_ops, restore_ops, restore_source_ops, tags
 from kanbu_backup_dagster.orchestration.webhook_test import test_webhook
 
 
@@ -36,4 +36,23 @@ def restore_database() -> None:
     restore_ops.report(plan, saved, loading, checking, swapping)
 
 
-JOBS = [database_backup, restore_database, test_webhook]
+@job(
+    description="Restores the newest backup aside, on a server of its own or the configured one, and compares it with "
+    "its manifest: the proof that it can be restored.",
+    tags={tags.TYPE: BackupType.DATABASE.value},
+    executor_def=in_process_executor,
+)
+def restore_drill() -> None:
+    drill_ops.drill(drill_ops.choose())
+
+
+@job(
+    description="Extracts a source backup into an empty or new folder: all of it, or nothing.",
+    tags={tags.TYPE: BackupType.SOURCE.value},
+    executor_def=in_process_executor,
+)
+def restore_source() -> None:
+    restore_source_ops.extract(restore_source_ops.validate_source())
+
+
+JOBS = [database_backup, restore_database, restore_drill, restore_source, test_webhook]

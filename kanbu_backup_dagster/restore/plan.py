@@ -139,14 +139,22 @@ def find_backup(request: RestoreRequest, storage: Storage, keys: Keyring) -> tup
     return backup, storage
 
 
-def require_confirmations(request: RestoreRequest, target: str) -> None:
-    """Refuse a restore that was not confirmed twice.
+def require_overwrite(request: RestoreRequest) -> None:
+    """Refuse a restore without its first confirmation.
 
     Raises:
-        RestoreError: A confirmation is missing; says which.
+        RestoreError: It is missing.
     """
     if not request.confirm_overwrite:
-        raise RestoreError(f"Not confirmed. {OVERWRITES}, {target!r}.", advice="Set confirm_overwrite: true to go on.")
+        raise RestoreError(f"Not confirmed. {OVERWRITES}.", advice="Set confirm_overwrite: true to go on.")
+
+
+def require_target(request: RestoreRequest, target: str) -> None:
+    """Refuse a restore without its second confirmation.
+
+    Raises:
+        RestoreError: It is missing, or names another database.
+    """
     if request.confirm_target != target:
         raise RestoreError(
             f"Not confirmed. confirm_target is {request.confirm_target!r}, and the database to be replaced is "
@@ -225,10 +233,10 @@ def plan_restore(request: RestoreRequest, settings: Settings, storage: Storage, 
     Raises:
         KanbuError: It cannot be done; says all that is in the way.
     """
-    target = request.target_database or require_connection(settings).database
-    require_confirmations(request, target)
+    require_overwrite(request)
     backup, _, warnings = judge_file(request, storage, keys)
-    server = open_server(settings, avoid=(target,))
+    server, target = open_server(settings, target=request.target_database)
+    require_target(request, target)
     live = find_databases(server, settings).get(target)
     problems = _server_problems(server, settings, live, backup)
     missing = missing_roles(server, backup)
@@ -306,8 +314,9 @@ def _server_problems(server: Server, settings: Settings, live: Database | None, 
 def _require_room(server: Server, settings: Settings, backup: Backup) -> None:
     """Compare with the room on the server's disk, where that is this machine's."""
     facts = backup.manifest.database if backup.manifest else None
-    host = require_connection(settings).parameters.get("host", "/")
-    if facts is None or server.access.mode != "direct" or not host.startswith("/") or server.data_directory is None:
+    if facts is None or server.access.mode != "direct" or server.data_directory is None:
+        return
+    if not require_connection(settings).parameters.get("host", "/").startswith("/"):
         return
     try:
         room = os.statvfs(server.data_directory)

@@ -204,24 +204,27 @@ def _setting_value(parameter: str, value: str) -> str:
     return ", ".join(quote_literal(name) for name in names) or "''"
 
 
-def open_server(settings: Settings, *, avoid: Sequence[str] = ()) -> Server:
-    """The server of DATABASE_URL, whether that database exists or not.
+def open_server(settings: Settings, *, target: str | None = None) -> tuple[Server, str]:
+    """The server that the settings lead to, and the database on it that is meant, whether that exists or not.
 
     Args:
-        avoid: Databases that will be renamed, and so cannot be the one connected to.
+        target: The database's name; None: the one that DATABASE_URL or the container names.
 
     Raises:
         KanbuError: There is no way to it.
     """
     first_error: KanbuError | None = None
-    for maintenance in (name for name in _MAINTENANCE_DATABASES if name not in avoid):
+    for maintenance in _MAINTENANCE_DATABASES:
         try:
             method = find_method(settings, database=maintenance)
         except KanbuError as error:
             first_error = first_error or error
             continue
+        name = target or method.access.connection(settings).database
+        if name == maintenance:  # it will be renamed, and nobody may be connected to it then
+            continue
         row = query(method.access, settings, _SERVER_SQL, database=maintenance)[0]
-        return Server(
+        server = Server(
             access=method.access,
             maintenance=maintenance,
             server_id=method.state.server_id,
@@ -236,7 +239,8 @@ def open_server(settings: Settings, *, avoid: Sequence[str] = ()) -> Server:
             settings=frozenset(row["settings"]),
             data_directory=row["data_directory"],
         )
-    raise first_error or SourceError(f"No database is left to connect to beside {', '.join(avoid)}.")
+        return server, name
+    raise first_error or SourceError("There is no other database to connect to.")
 
 
 def find_databases(server: Server, settings: Settings) -> dict[str, Database]:

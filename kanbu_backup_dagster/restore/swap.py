@@ -267,7 +267,7 @@ def drop_replaced(access: ServerAccess, settings: Settings, target: str, *, befo
     ]
     told = []
     if entries:
-        server = open_server(settings, avoid=[entry.name for entry in entries])
+        server, _ = open_server(settings, target=target)
         for entry in entries:
             try:
                 drop_database(server, settings, entry.name)

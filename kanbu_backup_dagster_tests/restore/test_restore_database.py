@@ -128,7 +128,7 @@ def test_the_replaced_database_is_kept_until_a_later_backup_is_verified(bench: B
     swapped = bench.restore(manifest.filename)
     assert swapped.replaced is not None
     assert bench.sql("SELECT n FROM written_after_the_backup", swapped.replaced) == "42\n"
-    server = open_server(bench.settings)
+    server, _ = open_server(bench.settings)
     [entry] = [entry for entry in find_replaced(server.access, bench.settings) if entry.target == bench.name]
     assert (entry.name, entry.by) == (swapped.replaced, manifest.filename)
     # A backup from before the swap says nothing of what is there now.
@@ -142,7 +142,7 @@ def test_a_replaced_database_that_was_given_another_name_is_left_alone(bench: Be
     swapped = bench.restore(bench.backup().filename)
     rescued = f"{bench.name}_rescued"
     bench.postgres.server.psql(f"ALTER DATABASE {swapped.replaced} RENAME TO {rescued}")
-    server = open_server(bench.settings)
+    server, _ = open_server(bench.settings)
     assert drop_replaced(server.access, bench.settings, bench.name, before=bench.backup().created_at) == []
     assert rescued in bench.databases()
 

@@ -1,0 +1,171 @@
+"""A drill: a backup restored aside, on a server of choice, to prove that it can be.
+
+What belongs here: where a drill takes place, what is looked at, and clearing up. What does not: which backups are
+drilled and what is told of it (`orchestration`).
+
+A drill makes a database of its own with a random name and drops it again; it never touches another.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pydantic import SecretStr
+
+from kanbu_backup_dagster.backup.catalog import Backup
+from kanbu_backup_dagster.backup.keys import Keyring
+from kanbu_backup_dagster.backup.landing import Progress
+from kanbu_backup_dagster.errors import KanbuError, NotDrillableError, RestoreError, SourceError
+from kanbu_backup_dagster.restore.checks import Checked, check_database
+from kanbu_backup_dagster.restore.database import create_roles
+from kanbu_backup_dagster.restore.plan import missing_extensions, missing_roles, psql_problem
+from kanbu_backup_dagster.restore.server import Server, find_databases, open_server, run
+from kanbu_backup_dagster.restore.staging import content_hash, create_staging, drop_staging, load, read_head
+from kanbu_backup_dagster.schedule_file import Assertion
+from kanbu_backup_dagster.settings import PgMode, Settings
+from kanbu_backup_dagster.sources.commands import query, quote_identifier
+from kanbu_backup_dagster.sources.embedded_postgres import EmbeddedPostgres
+from kanbu_backup_dagster.sources.server_binaries import find_server_binaries
+from kanbu_backup_dagster.storage.protocol import Storage
+
+_PREFIX = "kanbu_drill_"
+
+
+@dataclass(frozen=True)
+class DrillResult:
+    """A drill that passed.
+
+    Attributes:
+        filename: The backup.
+        tables: Tables restored.
+        rows: Rows restored.
+        seconds: About what a restore would need: both passes and the checks.
+        server: Where it took place.
+        assertions: Names of the assertions that held.
+        remarks: What is as it was dumped, and yet worth knowing.
+    """
+
+    filename: str
+    tables: int
+    rows: int
+    seconds: float
+    server: str
+    assertions: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
+@contextmanager
+def drill_server(settings: Settings, backup: Backup) -> Iterator[tuple[Server, Settings]]:
+    """The server a drill takes place on, and the settings that lead to it.
+
+    It is that of BACKUP_DRILL_DATABASE_URL, else a new one of our own: of the backup's major version where that is
+    installed, else of the newest.
+
+    Raises:
+        KanbuError: There is none.
+    """
+    url = settings.secret("drill_database_url")
+    if url is not None:
+        there = _leading_to(settings, url)
+        yield open_server(there)[0], there
+        return
+    facts = backup.manifest.database if backup.manifest else None
+    wanted = re.match(r"\d+", facts.server_version) if facts else None
+    majors = {binaries.major for binaries in find_server_binaries()}
+    major = int(wanted[0]) if wanted and int(wanted[0]) in majors else max(majors)
+    with EmbeddedPostgres.temporary(major=major) as embedded:
+        there = _leading_to(settings, embedded.url)
+        # Any name will do as the target, so that `postgres` remains to connect to.
+        yield open_server(there, target=_PREFIX)[0], there
+
+
+def _leading_to(settings: Settings, url: str) -> Settings:
+    return settings.model_copy(update={"database_url": SecretStr(url), "pg_mode": PgMode.DIRECT})
+
+
+def lock_name(server: Server) -> str:
+    """The lock that a drill holds alone: what it finds left by others is then left by the dead."""
+    return f"drill database of server {server.server_id}"
+
+
+def drill(
+    backup: Backup,
+    storage: Storage,
+    keys: Keyring,
+    server: Server,
+    settings: Settings,
+    assertions: Sequence[Assertion] = (),
+    *,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> DrillResult:
+    """Restore `backup` into a database of its own on `server`, look at it, and drop it.
+
+    Args:
+        settings: Those that lead to `server`.
+        assertions: Queries that must return true there.
+        on_progress: Told how far loading is.
+        tell: Told in words what is done on the way.
+
+    Raises:
+        NotDrillableError: The server lacks an extension that the backup needs.
+        KanbuError: The backup cannot be restored, or is not what its manifest says, or an assertion does not hold.
+    """
+    if (too_old := psql_problem(server)) is not None:
+        raise SourceError(f"No drill: {too_old}.")
+    if missing := missing_extensions(server, backup):
+        raise NotDrillableError(
+            f"Not drillable: {backup.filename} needs extensions that {server.access.description} does not have: "
+            f"{', '.join(missing)}.",
+            advice="Set BACKUP_DRILL_DATABASE_URL to a server that has them.",
+        )
+    for name in [name for name in find_databases(server, settings) if name.startswith(_PREFIX)]:
+        drop_staging(server, settings, name)
+        tell(f"Removed what a killed drill left: {name}")
+    begun = time.monotonic()
+    proven = content_hash(backup, storage, keys)
+    head = read_head(backup, storage, keys)
+    roles = tuple(missing_roles(server, backup))
+    database = _PREFIX + secrets.token_hex(4)
+    try:
+        create_roles(server, settings, roles)
+        create_staging(server, settings, database, like=None, encoding=head.encoding)
+        loaded = load(backup, storage, keys, server, settings, database, proven_hash=proven, on_progress=on_progress)
+        for statement in loaded.left_out:
+            tell(f"Left out, since this server does not know it: {statement}")
+        facts = backup.manifest.database if backup.manifest else None
+        expected = facts.rows if facts else loaded.findings.rows if loaded.findings else {}
+        checked = check_database(server, settings, database, expected)
+        seconds = time.monotonic() - begun
+        held = tuple(_assert(server, settings, database, assertion) for assertion in assertions)
+    finally:
+        drop_staging(server, settings, database)
+        if roles:
+            run(server, settings, [f"DROP ROLE IF EXISTS {quote_identifier(role)};" for role in roles])
+    return _result(backup, server, checked, seconds, held)
+
+
+def _result(backup: Backup, server: Server, checked: Checked, seconds: float, held: tuple[str, ...]) -> DrillResult:
+    rows = sum(checked.rows.values())
+    where = server.access.description
+    return DrillResult(backup.filename, checked.tables, rows, seconds, where, held, checked.remarks)
+
+
+def _assert(server: Server, settings: Settings, database: str, assertion: Assertion) -> str:
+    """Ask, and give the assertion's name if it holds."""
+    try:
+        rows = query(server.access, settings, assertion.query.strip().rstrip(";"), database=database)
+    except KanbuError as error:
+        raise RestoreError(f"The assertion {assertion.name!r} could not be asked: {error.message}") from None
+    if [list(row.values()) for row in rows] != [[True]]:
+        raise RestoreError(
+            f"The assertion {assertion.name!r} does not hold in the restored database.",
+            tried=(f"asked: {assertion.query.strip()}", f"answer: {rows}"),
+            advice="Restored rows are as they were dumped: look at what the database held when it was backed up.",
+        )
+    return assertion.name
