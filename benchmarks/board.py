@@ -5,10 +5,12 @@ Its shape is that of a Prisma application: UUID keys, prose in tasks, and an act
 
 from __future__ import annotations
 
+import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kanbu_backup_dagster.sources.embedded_postgres import EmbeddedPostgres
+from kanbu_backup_dagster.sources.embedded_postgres import SUPERUSER, EmbeddedPostgres
 
 _TASKS_A_STEP = 250_000
 # What a task and its three entries in the activity log are in a dump, about.
@@ -57,15 +59,32 @@ FROM generate_series({first}, {last}) i, generate_series(1, 3) k
 
 @contextmanager
 def board(gigabytes: float) -> Iterator[tuple[EmbeddedPostgres, str]]:
-    """A server with a database whose dump is at least `gigabytes` (10^9 bytes), and the database's URL."""
-    settings = {"fsync": "off", "max_wal_size": "8GB", "shared_buffers": "512MB", "checkpoint_timeout": "1h"}
+    """A server with a database `kanbu` whose dump is at least `gigabytes` (10^9 bytes), and its URL.
+
+    The URL is one of TCP with a password, as applications have it. It matters: a Unix socket's small buffer stalls the
+    server whenever pg_dump waits for a core, TCP's does not.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {
+        "listen_addresses": "127.0.0.1",
+        "port": str(port),
+        "fsync": "off",
+        "max_wal_size": "8GB",
+        "shared_buffers": "512MB",
+        "checkpoint_timeout": "1h",
+    }
     with EmbeddedPostgres.temporary(settings=settings) as server:
         server.create_database("kanbu", _SCHEMA)
-        yield server, grow(server, "kanbu", gigabytes)
+        grow(server, "kanbu", gigabytes)
+        password = secrets.token_hex(8)
+        server.psql(f"ALTER ROLE {SUPERUSER} PASSWORD '{password}'")
+        yield server, f"postgresql://{SUPERUSER}:{password}@127.0.0.1:{port}/kanbu"
 
 
-def grow(server: EmbeddedPostgres, database: str, gigabytes: float) -> str:
-    """Add tasks until the dump is at least that large; gives the database's URL."""
+def grow(server: EmbeddedPostgres, database: str, gigabytes: float) -> None:
+    """Add tasks until the dump is at least that large."""
     tasks = int(server.psql('SELECT count(*) FROM "Task"', database))
     wanted = int(gigabytes * 1e9 / _BYTES_A_TASK) + 1
     for first in range(tasks + 1, wanted + 1, _TASKS_A_STEP):
@@ -74,4 +93,3 @@ def grow(server: EmbeddedPostgres, database: str, gigabytes: float) -> str:
     if wanted > tasks:
         server.psql("VACUUM ANALYZE", database)
         server.psql("CHECKPOINT", database)
-    return server.database_url(database)

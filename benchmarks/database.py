@@ -25,11 +25,11 @@ _JOB = [sys.executable, "-m", "dagster", "job", "execute", "-m", _DEFINITIONS, "
 class _Bench:
     """A folder for everything, and the environment that points there."""
 
-    def __init__(self, folder: Path, server: EmbeddedPostgres) -> None:
+    def __init__(self, folder: Path, server: EmbeddedPostgres, url: str) -> None:
         self.store, self.home = folder / "store", folder / "dagster"
         self.server = server
         os.environ |= {
-            "DATABASE_URL": server.database_url("kanbu"),
+            "DATABASE_URL": url,
             "BACKUP_PG_MODE": "direct",
             "BACKUP_LOCAL_PATH": str(self.store),
             "BACKUP_ENCRYPTION_KEY": "a benchmark's passphrase",
@@ -62,13 +62,13 @@ class _Bench:
 
     @property
     def dump(self) -> str:
-        return f"{self.server.bin_folder / 'pg_dump'} -d '{self.server.database_url('kanbu')}'"
+        return f"{self.server.bin_folder / 'pg_dump'} -d '{os.environ['DATABASE_URL']}'"
 
 
 def run() -> list[Report]:
     """Speed and size at `GIGABYTES`, then the worker's memory at each of `MEMORY_SIZES`."""
-    with tempfile.TemporaryDirectory(prefix="kanbu-bench-") as folder, board(min(MEMORY_SIZES)) as (server, _):
-        bench = _Bench(Path(folder), server)
+    with tempfile.TemporaryDirectory(prefix="kanbu-bench-") as folder, board(min(MEMORY_SIZES)) as (server, url):
+        bench = _Bench(Path(folder), server, url)
         sizes = sorted({*MEMORY_SIZES, GIGABYTES})
         memory = Report("Memory of the worker", ("dump", "stored", "peak of the worker's process"))
         reports = []

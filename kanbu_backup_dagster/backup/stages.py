@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -36,13 +37,21 @@ def compress(chunks: Iterator[bytes], level: int) -> Iterator[bytes]:
         level: ISA-L's, 0 (fastest) to 3 (smallest).
     """
     compressor = isal_zlib.compressobj(level, wbits=_GZIP_WINDOW, memLevel=_ISAL_MEMORY_LEVEL)
-    for block in _even(chunks):
-        if compressed := compressor.compress(block):
+    # On a core of its own, one block at a time: while it works, the next block is read, which keeps the server and
+    # pg_dump from waiting for us.
+    with ThreadPoolExecutor(1, "compress") as beside:
+        pending: Future[bytes] | None = None
+        for block in _even(chunks):
+            compressed = pending.result() if pending else b""
+            pending = beside.submit(compressor.compress, block)
+            if compressed:
+                yield compressed
+        if pending and (compressed := pending.result()):
             yield compressed
-    yield compressor.flush()
+        yield compressor.flush()
 
 
-def _even(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _even(chunks: Iterator[bytes]) -> Iterator[bytes | memoryview]:
     """The same bytes in chunks of one size: where ISA-L ends its blocks depends on what it is given at a time."""
     parts: list[bytes] = []
     size = 0
@@ -53,7 +62,7 @@ def _even(chunks: Iterator[bytes]) -> Iterator[bytes]:
             joined = memoryview(b"".join(parts))
             whole = size - size % _BLOCK_BYTES
             for at in range(0, whole, _BLOCK_BYTES):
-                yield bytes(joined[at : at + _BLOCK_BYTES])
+                yield joined[at : at + _BLOCK_BYTES]
             parts, size = [bytes(joined[whole:])], size - whole
     yield b"".join(parts)
 

@@ -19,6 +19,7 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,6 +33,7 @@ _PART_PREFIX, _PART_SUFFIX = ".kanbu-incoming-", ".part"
 _SIDECAR_TEMPORARY = ".kanbu-sidecar-"
 # Another machine's locks cannot be seen on a network file system; what was not touched for this long is not in use.
 _NETWORK_LEFTOVER_SECONDS = 2 * 24 * 3600
+_FLUSH_EVERY_BYTES = 32 << 20
 _NO_HARD_LINKS = {errno.EPERM, errno.EIO, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -276,6 +278,9 @@ class _IncomingFile:
         self._part = part
         self._handle: int | None = handle
         self._written = 0
+        self._flusher = ThreadPoolExecutor(1, "flush")
+        self._flush: Future[None] | None = None
+        self._flushed = 0
 
     def write(self, chunk: bytes) -> None:
         assert self._handle is not None
@@ -284,6 +289,10 @@ class _IncomingFile:
             while view:
                 view = view[os.write(self._handle, view) :]
         self._written += len(chunk)
+        # Written to the disk while more is coming, so that the sync at the end does not wait for all of it.
+        if self._written - self._flushed >= _FLUSH_EVERY_BYTES and (self._flush is None or self._flush.done()):
+            self._flushed = self._written
+            self._flush = self._flusher.submit(os.fdatasync, self._handle)
 
     def commit(self, names: Iterator[str], sidecar: Callable[[str], bytes]) -> str:
         assert self._handle is not None
@@ -294,6 +303,8 @@ class _IncomingFile:
                 raise storage._inaccessible(
                     f"{size:,} bytes arrived in {storage.location} of {self._written:,} written."
                 )
+            if self._flush is not None:
+                self._flush.result()
             os.fsync(self._handle)
             for name in names:
                 if self._claim_and_name(name, sidecar):
@@ -326,6 +337,7 @@ class _IncomingFile:
         if self._handle is None:
             return
         handle, self._handle = self._handle, None
+        self._flusher.shutdown()
         try:
             self._part.unlink(missing_ok=True)
         finally:
