@@ -106,26 +106,23 @@ def show_next_steps(*, sample: bool) -> None:
     """Print commands that work when pasted into a shell, wherever it stands."""
     folder, programs = shlex.quote(str(DEMO)), shlex.quote(str(Path(sys.executable).parent))
     console.print("\n[bold]What to type next[/]")
+    newest = "$(ls backups/*.enc | tail -n 1)"
     steps = [
         ("Stand in the demo's folder, where its settings are:", f"cd {folder} && PATH={programs}:$PATH"),
-        (
-            "Dagster's UI on http://127.0.0.1:3000, with the run, its log and the backups' lineage:",
-            "dagster dev -w ../workspace.yaml",
-        ),
-        (
-            "The same backup again, by Dagster's own command line:",
-            "dagster job execute -m kanbu_backup_dagster.definitions -j database_backup",
-        ),
-        ("What is known of the newest backup:", "kanbu-backup show $(ls backups/*.enc | tail -n 1)"),
-        (
-            "Its SQL, decrypted and unpacked:",
-            "kanbu-backup decrypt $(ls backups/*.enc | tail -n 1) -o - | gunzip | less",
-        ),
-        ("When you are done: stop the server and delete all of this:", f"make -C {shlex.quote(str(ROOT))} demo-stop"),
+        ("The web UI, on http://127.0.0.1:3000: runs, schedules, each backup's history:", "kanbu-backup serve"),
+        ("What is known of the newest backup:", f"kanbu-backup show {newest}"),
+        ("Its SQL, decrypted and unpacked:", f"kanbu-backup decrypt {newest} -o - | gunzip | less"),
     ]
-    if not sample:
-        # It would need DATABASE_URL, which may be this command's alone.
-        del steps[2]
+    if sample:
+        # With a URL of the user's own these would need DATABASE_URL, which may have been set for this command alone.
+        steps += [
+            (
+                "The same backup again, by Dagster's own command line:",
+                "dagster job execute -m kanbu_backup_dagster.definitions -j database_backup",
+            ),
+            ("The database as it was then; asks before it replaces it:", f"kanbu-backup restore {newest}"),
+        ]
+    steps.append(("Stop the server and delete all of this:", f"make -C {shlex.quote(str(ROOT))} demo-stop"))
     for what, command in steps:
         console.print(f"  [dim]# {what}[/]")
         console.print(f"  {command}", markup=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kanbu_backup_dagster.sources.embedded_postgres import EmbeddedPostgres
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest, available_majors
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +62,7 @@ def test_demo_twice_then_its_own_commands(clone: Path) -> None:
         assert "verified" in first
         second = demo(clone)
         printed = re.findall(r"(?m)^  ([^# ].*)$", second.partition("What to type next")[2])
-        enter, user_interface, execute, show, decrypt, end = printed
+        enter, serve, show, decrypt, execute, restore, end = printed
 
         def paste(command: str) -> str:
             script = f"set -euo pipefail; {enter}\n{command}"
@@ -82,7 +83,14 @@ def test_demo_twice_then_its_own_commands(clone: Path) -> None:
         # Every way of running it kept its records in the demo's own home.
         runs = json.loads(paste(f'python -c "{_COUNT_RUNS}"'))
         assert runs == 3
-        assert user_interface.startswith(("dagster dev", "kanbu-backup serve"))
+        server = EmbeddedPostgres.start(clone / ".demo" / "postgres")
+        server.psql("DELETE FROM comments; DROP TABLE projects CASCADE;", "kanbu")
+        paste(f"{restore} --yes --confirm kanbu")
+        assert (
+            server.psql("SELECT (SELECT count(*) FROM comments), (SELECT count(*) FROM projects)", "kanbu")
+            == "6011|12\n"
+        )
+        assert serve == "kanbu-backup serve"
         assert end.startswith("make -C")
         assert stat.S_IMODE((clone / ".demo" / ".env").stat().st_mode) == 0o600
     finally:
