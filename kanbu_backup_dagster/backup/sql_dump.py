@@ -56,7 +56,7 @@ _WORD_BEGUN = re.compile(rb"%b{1,31}\Z" % _WORD_BYTE)
 _DULL_STATEMENTS = re.compile(
     rb"""(?:
         %(space)b (?: --[^\n]*\n %(space)b ){0,1000}
-        (?=[A-Za-z]) (?!(?i:COPY|SET)\b)
+        (?=[A-Za-z]) (?!(?i:COPY|SET)\b | ALTER\ (?:FOREIGN\ )?TABLE\ ONLY\ [^\n]{1,1000}\ SET\ \()
         %(nothing)b
         (?: (?: %(simple)b | (?<!%(identifier_byte)b) \$([A-Za-z_]*)\$ [^$]* \$\1\$ ) %(nothing)b ){0,1000}
         ;
@@ -75,6 +75,10 @@ _COPY = re.compile(
     rb'COPY\s+(%b(?:\.%b)*)(?:\s*\([^"()]*(?:"[^"]*"[^"()]*)*\))?\s+FROM\s+STDIN\b' % (_NAME, _NAME), re.IGNORECASE
 )
 _SET = re.compile(rb'SET\s+(?:(?:SESSION|LOCAL)\s+)?("?)([A-Za-z_][\w.$]*)\1\s*(?:=|TO\b)\s*([^\s;]*)', re.IGNORECASE)
+_COLUMN_OPTIONS = re.compile(
+    rb"ALTER (?:FOREIGN )?TABLE ONLY %b(?:\.%b)* ALTER COLUMN %b SET \(([^()]*)\);" % (_NAME, _NAME, _NAME)
+)
+_COLUMN_VERSION = re.compile(rb"pg_attver=\d+, |(?:, )?pg_attver=\d+")
 _SET_CONFIG = re.compile(rb"SELECT\s+pg_catalog\.set_config\s*\(", re.IGNORECASE)
 _RESTRICT = re.compile(rb"\\(un)?restrict [A-Za-z0-9]+")
 _VERSION = re.compile(rb"-- Dumped (from database|by pg_dump) version (.+)")
@@ -137,6 +141,8 @@ class PsqlInputFilter:
     Taken out are the dump's own `\\restrict KEY` and `\\unrestrict KEY` lines (the restore runs psql restricted under a
     key of its own), and, in the header, a `SET` of a parameter that the target server does not have, as a newer pg_dump
     writes it. The header ends with the first statement that is neither a SET nor a call of `pg_catalog.set_config`.
+    And everywhere the column option `pg_attver`, which servers of the minor releases of November 2026 (15.20 and its
+    sisters) keep for themselves, which an older pg_dump copies, and which any older server refuses.
     A parameter with a dot in its name passes: every server takes it. So does any other meta-command: psql in
     restricted mode refuses it. An emptied line stays as an empty line, so psql's line numbers are the dump's.
 
@@ -188,7 +194,7 @@ class _Span(NamedTuple):
         start: Offset of its first byte in the whole stream.
         end: Offset after its last byte.
         text: Its bytes.
-        setting: The parameter's name, for a SET in the header; None for a `\\restrict` or `\\unrestrict` line.
+        setting: The parameter's name, for a SET in the header; None for what always goes.
     """
 
     start: int
@@ -428,7 +434,7 @@ class _Lexer:
         self._state = self._statement
         self.trailer_is_last = False
         kind = word.upper()
-        if kind in (b"COPY", b"SET") or (kind == b"SELECT" and self._in_header):
+        if kind in (b"COPY", b"SET", b"ALTER") or (kind == b"SELECT" and self._in_header):
             self._statement_at = self._base + pos
         else:
             self._in_header = False
@@ -465,6 +471,12 @@ class _Lexer:
                 self._escapes_in_strings = setting[3].strip(b"'\"").lower() in (b"off", b"false", b"no", b"0")
             if self._in_header:
                 self._spans.append(_Span(start, self._base + end, text, name))
+        elif options := _COLUMN_OPTIONS.fullmatch(text):
+            self._in_header = False
+            if version := _COLUMN_VERSION.search(options[1]):
+                alone = version[0] == options[1]
+                first, last = (0, len(text)) if alone else (options.start(1) + at for at in version.span())
+                self._spans.append(_Span(start + first, start + last, text[first:last], None))
         elif text[:3].upper() != b"SET" and not _SET_CONFIG.match(text):
             self._in_header = False
 

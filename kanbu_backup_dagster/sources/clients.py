@@ -41,6 +41,12 @@ class ClientPrograms:
         """The major version."""
         return int(re.match(r"\d+", self.version)[0])  # type: ignore[index]  # made from a match
 
+    @property
+    def minor(self) -> int:
+        """The minor release; 0 for a beta or a development version."""
+        match = re.fullmatch(r"\d+\.(\d+)", self.version)
+        return int(match[1]) if match else 0
+
     def program(self, tool: str) -> str:
         """The path of one of them."""
         return str(self.folder / tool)
@@ -80,7 +86,7 @@ def _version_of(program: Path) -> str | None:
 
 
 def choose_clients(available: list[ClientPrograms], server_version: str) -> ClientPrograms:
-    """The client for a server: of its own major, else of the nearest newer one.
+    """The client for a server: of its own major, else of the nearest newer one; of several the newest minor release.
 
     A newer pg_dump writes settings that an older server refuses on restore; an older one cannot read the server at all.
 
@@ -99,4 +105,4 @@ def choose_clients(available: list[ClientPrograms], server_version: str) -> Clie
             ),
             advice=f"Install postgresql-client-{server_major}, or set BACKUP_PG_MODE=docker.",
         )
-    return min(usable, key=lambda clients: clients.major)
+    return max(usable, key=lambda clients: (-clients.major, clients.minor))

@@ -79,7 +79,12 @@ def _clients(*versions: str) -> list[ClientPrograms]:
 
 @pytest.mark.parametrize(
     ("server", "available", "chosen"),
-    [("16.4", ("15.18", "16.9", "18.4"), "16.9"), ("14.2", ("18.4", "15.18"), "15.18"), ("18beta1", ("18.4",), "18.4")],
+    [
+        ("16.4", ("15.18", "16.9", "18.4"), "16.9"),
+        ("14.2", ("18.4", "15.18"), "15.18"),
+        ("18beta1", ("18.4",), "18.4"),
+        ("15.20", ("15.9", "15.20", "15.18"), "15.20"),
+    ],
 )
 def test_the_client_is_the_servers_own_or_the_nearest_newer(
     server: str, available: tuple[str, ...], chosen: str

@@ -424,6 +424,33 @@ def test_only_the_dumps_own_restrict_lines_are_taken_out(dump: bytes, expected: 
     assert filtered(dump, frozenset(), size) == (dump if expected is None else expected, [])
 
 
+@pytest.mark.parametrize("size", [1, 7, 100, None])
+def test_what_a_server_keeps_for_itself_in_column_options_is_taken_out(size: int | None) -> None:
+    kept = b"""
+CREATE TABLE public.t (a text DEFAULT 'ALTER TABLE ONLY public.t ALTER COLUMN a SET (pg_attver=1);');
+ALTER TABLE ONLY public.t ALTER COLUMN a SET STATISTICS 100;
+ALTER TABLE ONLY public.t ALTER COLUMN a SET (n_distinct=7);
+COPY public.t (a) FROM stdin;
+ALTER TABLE ONLY public.t ALTER COLUMN a SET (pg_attver=1);
+\\.
+"""
+    versions = b"""
+ALTER TABLE ONLY public.t ALTER COLUMN a SET (pg_attver=26492304);
+ALTER FOREIGN TABLE ONLY public."x;y"" (z)" ALTER COLUMN "SET (" SET (pg_attver=1);
+ALTER TABLE ONLY public."Task" ALTER COLUMN "a b" SET (n_distinct=7, pg_attver=2);
+ALTER TABLE ONLY public.t ALTER COLUMN a SET (pg_attver=3, n_distinct=-0.5);
+"""
+    passed = b"""
+
+
+ALTER TABLE ONLY public."Task" ALTER COLUMN "a b" SET (n_distinct=7);
+ALTER TABLE ONLY public.t ALTER COLUMN a SET (n_distinct=-0.5);
+"""
+    dump = OLD_HEADER + kept + versions + kept + OLD_TRAILER
+    assert filtered(dump, ALL_KNOWN, size) == (OLD_HEADER + kept + passed + kept + OLD_TRAILER, [])
+    assert scan(dump, size).rows == {"public.t": 2}
+
+
 def test_data_pass_the_filter_without_being_copied() -> None:
     block = b"row\n" * 1000 + b"x"
     stream = PsqlInputFilter(ALL_KNOWN)([OLD_HEADER + b"COPY t FROM stdin;\nx", block, b"\n\\.\n"])
