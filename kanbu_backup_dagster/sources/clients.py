@@ -39,7 +39,7 @@ class ClientPrograms:
     @property
     def major(self) -> int:
         """The major version."""
-        return int(re.match(r"\d+", self.version)[0])  # type: ignore[index]  # made from a match
+        return major_version(self.version)
 
     @property
     def minor(self) -> int:
@@ -50,6 +50,11 @@ class ClientPrograms:
     def program(self, tool: str) -> str:
         """The path of one of them."""
         return str(self.folder / tool)
+
+
+def major_version(version: str) -> int:
+    """16 of `16.4`, as programs and servers tell it."""
+    return int(re.match(r"\d+", version)[0])  # type: ignore[index]  # they all begin with a number
 
 
 def searched_folders() -> list[Path]:
@@ -93,7 +98,7 @@ def choose_clients(available: list[ClientPrograms], server_version: str) -> Clie
     Raises:
         SourceError: None is new enough; says what is there and where was looked.
     """
-    server_major = int(re.match(r"\d+", server_version)[0])  # type: ignore[index]  # servers say a number first
+    server_major = major_version(server_version)
     usable = [clients for clients in available if clients.major >= server_major]
     if not usable:
         raise SourceError(

@@ -5,8 +5,8 @@ when we do. What does not: which container and which program (`docker`).
 
 The engine multiplexes both outputs into frames on one connection, each with a header of 8 bytes: stream, three zeros,
 big-endian length (https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach).
-They are read here from the connection itself, many at a time: the SDK's own reader asks for each header and each
-payload apart, and takes several times as long.
+They are read here from the connection itself, many at a time. The SDK's own reader hands on a frame at a time, waits
+for the next one without end, and cannot write.
 
 The end of that stream proves nothing. It comes alike when the program is done or killed, its container removed, or the
 engine dead; the exit status asked for afterwards tells them apart.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import select
 import signal
 import socket
@@ -65,7 +66,8 @@ _KILL_SECONDS = 1.0  # from the death of its programs until the engine says that
 _FAULTS = (DockerException, requests.RequestException, OSError)
 
 # Its number first, on stderr, so that the guard knows whom to end; then the program takes the shell's place.
-_START = 'echo $$ >&2; exec "$0" "$@"'
+_START = 'echo "process $$" >&2; exec "$0" "$@"'
+_STARTED = re.compile(rb"^process (\d+)\n", re.MULTILINE)
 
 # Only with what the official images have, Debian's and Alpine's. SIGINT first: pg_dump and psql then cancel their
 # statement on the server, which would otherwise run on, or wait on for its lock, without them.
@@ -254,15 +256,16 @@ class ExecProcess:
             undo.pop_all()
 
     def _read_process_number(self) -> int:
-        while b"\n" not in self._stream.frames.stderr:
+        frames = self._stream.frames
+        while not (started := _STARTED.search(frames.stderr)):
             output = self._read()
             if output is None:
                 # What the engine has to say of a program that it cannot start comes as that program's output.
-                said = shorten(b"".join([*self._unread, self._stream.frames.stderr]))
+                said = shorten(b"".join([*self._unread, frames.stderr]))
                 raise SourceError(f"{self._tool} cannot be started in the container {self._container}: {said}")
             self._unread.append(output)
-        number, _, self._stream.frames.stderr = self._stream.frames.stderr.partition(b"\n")
-        return int(number)
+        frames.stderr = frames.stderr[: started.start()] + frames.stderr[started.end() :]
+        return int(started[1])
 
     def chunks(self) -> Iterator[bytes]:
         while self._open:

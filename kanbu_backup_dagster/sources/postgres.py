@@ -14,7 +14,7 @@ from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.backup.sql_dump import DumpScanner
 from kanbu_backup_dagster.errors import KanbuError, SourceError
 from kanbu_backup_dagster.settings import PgMode, Settings
-from kanbu_backup_dagster.sources.clients import choose_clients, find_clients, searched_folders
+from kanbu_backup_dagster.sources.clients import choose_clients, find_clients, major_version, searched_folders
 from kanbu_backup_dagster.sources.commands import DirectAccess, ServerAccess, query
 from kanbu_backup_dagster.sources.connection import require_connection
 from kanbu_backup_dagster.sources.docker import find_container
@@ -152,7 +152,14 @@ def _direct(settings: Settings, database: str | None) -> tuple[ServerAccess, Dat
 
 def _docker(settings: Settings, database: str | None) -> tuple[ServerAccess, DatabaseState]:
     access = find_container(settings)
-    return access, inspect_database(access, settings, database=database)
+    state = inspect_database(access, settings, database=database)
+    if major_version(access.client_version) < major_version(state.server_version):
+        raise SourceError(
+            f"No pg_dump for this server: the server is PostgreSQL {state.server_version}, and the container "
+            f"{access.container} has pg_dump {access.client_version}.",
+            advice="Name the container of the server itself in POSTGRES_CONTAINER.",
+        )
+    return access, state
 
 
 _WAYS = {PgMode.DIRECT: _direct, PgMode.DOCKER: _docker}

@@ -14,8 +14,9 @@ from kanbu_backup_dagster.sources.commands import execute, query
 from kanbu_backup_dagster.sources.docker import DockerAccess, find_container
 from kanbu_backup_dagster.sources.docker_exec import ExecProcess
 from kanbu_backup_dagster.sources.postgres import find_method, prepare_dump
-from kanbu_backup_dagster_tests.docker_engine import DATABASE, IMAGE, PASSWORD, USER, DockerEngine
+from kanbu_backup_dagster_tests.docker_engine import DATABASE, IMAGE, IMAGE_MAJOR, PASSWORD, USER, DockerEngine
 from kanbu_backup_dagster_tests.real_docker import ContainerPostgres
+from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
 
 WhoAmI = tuple[str, str]
 
@@ -218,6 +219,20 @@ def test_a_wrong_password_is_said_without_it(locked: ContainerPostgres, monkeypa
     with pytest.raises(SourceError, match="password authentication failed") as raised:
         find_method(load_settings())
     assert "wr0ng" not in str(raised.value)
+
+
+def test_programs_older_than_the_server_are_refused(
+    docker_engine: DockerEngine, newest_postgres: PostgresForTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert newest_postgres.major > IMAGE_MAJOR
+    server = newest_postgres.server
+    monkeypatch.setenv("DATABASE_URL", newest_postgres.database())
+    monkeypatch.setenv("BACKUP_PG_MODE", "docker")
+    monkeypatch.setenv("DOCKER_HOST", docker_engine.host)
+    with docker_engine.clients(server.socket_folder, server.port) as container:
+        monkeypatch.setenv("POSTGRES_CONTAINER", container)
+        with pytest.raises(SourceError, match=f"the server is PostgreSQL {newest_postgres.version}, and the container"):
+            find_method(load_settings())
 
 
 def test_the_outputs_are_kept_apart_and_the_status_told(docker_postgres: ContainerPostgres) -> None:
