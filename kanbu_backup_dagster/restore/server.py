@@ -36,6 +36,9 @@ _LIST_SETTINGS = {
     "unix_socket_directories",
 }
 
+UNHINDERED = "SET statement_timeout = 0; SET default_transaction_read_only = off;"
+"""What a database or role may be set to for the sake of its usual requests, which ours are not."""
+
 _SERVER_SQL = """
 SELECT current_user AS role, rolsuper AS superuser, rolsuper OR rolcreatedb AS creates_databases,
        rolsuper OR rolcreaterole AS creates_roles,
@@ -272,7 +275,16 @@ def run(server: Server, settings: Settings, statements: Sequence[str]) -> str:
     Raises:
         SourceError: One failed, and none after it was run.
     """
-    return execute(server.access, settings, "\n".join(statements) + "\n", database=server.maintenance)
+    return run_in(server, settings, server.maintenance, statements)
+
+
+def run_in(server: Server, settings: Settings, database: str, statements: Sequence[str]) -> str:
+    """Run statements in `database`.
+
+    Raises:
+        SourceError: One failed, and none after it was run.
+    """
+    return execute(server.access, settings, "\n".join([UNHINDERED, *statements, ""]), database=database)
 
 
 def knows_restrict(psql_version: str) -> bool:

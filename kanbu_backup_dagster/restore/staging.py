@@ -23,9 +23,9 @@ from kanbu_backup_dagster.backup.reading import content
 from kanbu_backup_dagster.backup.sql_dump import DumpFindings, DumpScanner, PsqlInputFilter
 from kanbu_backup_dagster.backup.stages import decompress
 from kanbu_backup_dagster.errors import CorruptBackupError, RestoreError, SourceError
-from kanbu_backup_dagster.restore.server import Database, Server, find_databases, run
+from kanbu_backup_dagster.restore.server import UNHINDERED, Database, Server, find_databases, run, run_in
 from kanbu_backup_dagster.settings import Settings
-from kanbu_backup_dagster.sources.commands import Process, execute, query, quote_identifier, quote_literal
+from kanbu_backup_dagster.sources.commands import Process, query, quote_identifier, quote_literal
 from kanbu_backup_dagster.storage.protocol import Storage
 
 _PREFIX = "kanbu_staging_"
@@ -39,8 +39,8 @@ _HEAD_BYTES = 1 << 14
 _PSQL_LINE = re.compile(r"^psql:<stdin>:(\d+): ", re.MULTILINE)
 
 # Each statement of a dump is a transaction; waiting for each to reach the disk is of no use before the swap, whose own
-# commit brings everything before it to disk. A database may default to read-only, as a lock on its users.
-_SESSION = "SET synchronous_commit = off; SET default_transaction_read_only = off;"
+# commit brings everything before it to disk.
+_SESSION = f"{UNHINDERED} SET synchronous_commit = off;"
 
 
 def staging_prefix(target: str) -> str:
@@ -110,12 +110,12 @@ def drop_staging(server: Server, settings: Settings, name: str) -> None:
         # the one they name belongs to the live database's.
         for row in query(server.access, settings, _SUBSCRIPTIONS_SQL, database=name):
             subscription = quote_identifier(row["subname"])
-            statements = (
-                f"ALTER SUBSCRIPTION {subscription} DISABLE;\n"
-                f"ALTER SUBSCRIPTION {subscription} SET (slot_name = NONE);\n"
-                f"DROP SUBSCRIPTION {subscription};\n"
-            )
-            execute(server.access, settings, statements, database=name)
+            statements = [
+                f"ALTER SUBSCRIPTION {subscription} DISABLE;",
+                f"ALTER SUBSCRIPTION {subscription} SET (slot_name = NONE);",
+                f"DROP SUBSCRIPTION {subscription};",
+            ]
+            run_in(server, settings, name, statements)
         drop_database(server, settings, name)
 
 

@@ -233,6 +233,10 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+# Whatever the database's own encoding; one that has none (SQL_ASCII) passes bytes as they are.
+_IN_UTF8 = "SET client_encoding = 'UTF8';"
+
+
 def query(access: ServerAccess, settings: Settings, sql: str, *, database: str | None = None) -> list[dict[str, Any]]:
     """The rows of one SELECT, each as a dictionary.
 
@@ -244,9 +248,12 @@ def query(access: ServerAccess, settings: Settings, sql: str, *, database: str |
     arguments = [
         "--no-psqlrc",
         "--no-password",
+        "--quiet",
         "--tuples-only",
         "--no-align",
         "--set=ON_ERROR_STOP=1",
+        "--command",
+        _IN_UTF8,
         "--command",
         statement,
     ]
@@ -257,7 +264,7 @@ def query(access: ServerAccess, settings: Settings, sql: str, *, database: str |
         raise SourceError(
             f"The database cannot be asked ({access.description}): {process.stderr or f'psql ended with {status}'}"
         )
-    rows: list[dict[str, Any]] = json.loads(output)
+    rows: list[dict[str, Any]] = json.loads(output.decode(errors="surrogateescape"))
     return rows
 
 
@@ -284,7 +291,7 @@ def execute(access: ServerAccess, settings: Settings, script: str, *, database: 
     ]
     with access.start(settings, "psql", arguments, database=database, feeds=True) as process:
         try:
-            process.write(script.encode())
+            process.write(f"{_IN_UTF8}\n{script}".encode(errors="surrogateescape"))
         except BrokenPipeError:
             status = process.wait()
         else:
@@ -293,7 +300,7 @@ def execute(access: ServerAccess, settings: Settings, script: str, *, database: 
             status = process.wait()
     if status != 0:
         raise SourceError(f"The server refused ({access.description}): {process.stderr or f'psql ended with {status}'}")
-    return output.decode()
+    return output.decode(errors="surrogateescape")
 
 
 def quote_identifier(name: str) -> str:

@@ -97,6 +97,24 @@ def test_sql_ascii_with_bytes_that_are_no_utf8_comes_back(
     drop_what_restores_left(bench)
 
 
+def test_names_of_another_encoding_and_a_database_set_read_only_are_no_hindrance(
+    newest_postgres: PostgresForTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = newest_postgres.database()
+    name = newest_postgres.database_name(url)
+    newest_postgres.server.psql(
+        f"DROP DATABASE {name}; CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'"
+    )
+    bench = make_bench(newest_postgres, url, tmp_path / "storage", monkeypatch)
+    bench.sql('CREATE TABLE "Gerät" (n serial); INSERT INTO "Gerät" DEFAULT VALUES; CREATE TABLE plain (x text)')
+    bench.sql("INSERT INTO plain VALUES ('Größe')")
+    bench.sql(f"ALTER DATABASE {name} SET default_transaction_read_only TO on")
+    before = bench.dump()
+    bench.restore(bench.backup().filename)
+    assert bench.dump() == before
+    drop_what_restores_left(bench)
+
+
 def test_a_dump_by_a_newer_client_restores_to_the_older_server(
     postgres: PostgresForTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
