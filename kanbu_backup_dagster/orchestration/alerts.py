@@ -195,13 +195,15 @@ def _watch_tick(instance: DagsterInstance, configuration: Configuration, problem
 def _alerts_tick(instance: DagsterInstance, configuration: Configuration, log: Callable[[str], None]) -> SensorResult:
     now = datetime.now(timezone.utc)
     state = recall(instance, ALERTS_KEY, Alerts) or Alerts()
+    before = state.model_dump_json()
     _open_outboxes(state, configuration)
     give_up_after = timedelta(days=configuration.file.notifications.give_up_after_days)
     for ended in _new_ends(instance, state, oldest=now - give_up_after):
         _take_in(state, ended, configuration, now)
     _hear(instance, state, configuration, now)
     requests = list(_second_attempts(instance, state, configuration, now))
-    remember(instance, ALERTS_KEY, state)
+    if state.model_dump_json() != before:
+        remember(instance, ALERTS_KEY, state)
     lost = _work(instance, state, configuration, give_up_after, log)
     if lost:
         raise KanbuError(

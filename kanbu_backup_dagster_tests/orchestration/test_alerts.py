@@ -20,6 +20,7 @@ from typing import Any
 import psycopg2
 import pytest
 import time_machine
+from click.testing import CliRunner
 from dagster import (
     AssetCheckEvaluation,
     AssetKey,
@@ -33,6 +34,9 @@ from dagster import (
     op,
 )
 
+from kanbu_backup_dagster.cli import inspect as _inspect  # noqa: F401  # commands register on import
+from kanbu_backup_dagster.cli import schedules as _schedules  # noqa: F401
+from kanbu_backup_dagster.cli.main import cli
 from kanbu_backup_dagster.errors import KanbuError
 from kanbu_backup_dagster.notifications import delivery
 from kanbu_backup_dagster.notifications.delivery import Limits
@@ -42,6 +46,7 @@ from kanbu_backup_dagster.orchestration.alerts import WEBHOOK, Alerts, alerts_re
 from kanbu_backup_dagster.orchestration.configuration import load_configuration
 from kanbu_backup_dagster.orchestration.dagster_home import open_instance
 from kanbu_backup_dagster.orchestration.jobs import JOBS
+from kanbu_backup_dagster.orchestration.run_here import run_job
 from kanbu_backup_dagster.orchestration.telling import told
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
 from kanbu_backup_dagster_tests.receiver import Receiver
@@ -248,6 +253,8 @@ def test_giving_up_takes_days_and_is_seen(instance: DagsterInstance, receiver: R
     assert "S3CRET-IN-PATH" not in str(seen)
     [lost] = state(instance).outboxes[WEBHOOK].given_up
     assert (lost.event, lost.key) == ("backup.failed", run)
+    shown = CliRunner().invoke(cli, ["status", "--json"])
+    assert run in json.loads(shown.output)["alerts"]["webhook"]["given_up"][0]
     receiver.behave = lambda request: 204
     failed_run(instance)
     with later(hours * 60 + 61):
@@ -374,6 +381,67 @@ def test_ops_and_checks_tell_what_the_end_alone_does_not(instance: DagsterInstan
     assert receiver.events == ["prune.held", "verification.failed"]
     assert receiver.accepted[0].event["prune"] == {"type": None, "reason": "the clock leapt", "held": 3}
     assert receiver.accepted[1].event["verification"]["filename"] == "kanbu_backup_2026-01-18T02-00-00.sql.gz"
+
+
+def test_a_restore_and_a_drill_are_told_with_what_they_did(instance: DagsterInstance, receiver: Receiver) -> None:
+    filename = "kanbu_backup_2026-01-18T02-00-00.sql.gz.enc"
+
+    @op
+    def report(context: OpExecutionContext) -> None:
+        context.instance.add_run_tags(context.run_id, {tags.FILE: filename, tags.DATABASE: "kanbu"})
+        metadata = {"replaced_database": "kanbu_before", "tables": 42, "rows": 1000}
+        context.log_event(AssetMaterialization(AssetKey("restored_database"), metadata=metadata))
+
+    @op
+    def fail(context: OpExecutionContext) -> None:
+        context.instance.add_run_tags(context.run_id, {tags.FILE: filename, tags.DATABASE: "kanbu"})
+        raise Failure("Checksum mismatch", allow_retries=False)
+
+    def execute(name: str, step: Callable[[], None]) -> None:
+        @job(name=name)
+        def ended() -> None:
+            step()
+
+        ended.execute_in_process(instance=instance, raise_on_error=False)
+
+    for name in ("restore_database", "restore_drill"):
+        for step in (report, fail):
+            execute(name, step)
+    tick(instance)
+    assert receiver.events == ["restore.completed", "restore.failed", "drill.completed", "drill.failed"]
+    done, failed, proven, unproven = [one.event for one in receiver.accepted]
+    assert {key: done["restore"][key] for key in ("filename", "target", "previous")} == {
+        "filename": filename,
+        "target": "kanbu",
+        "previous": "kanbu_before",
+    }
+    assert (failed["restore"]["previous"], failed["error"]) == (None, "Checksum mismatch")
+    assert (proven["drill"]["tables"], proven["drill"]["rows"]) == (42, 1000)
+    assert unproven["drill"]["filename"] == filename
+
+
+def test_the_webhook_is_tried_out_by_job_and_by_command(
+    instance: DagsterInstance, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_job("test_webhook").success
+    shown = CliRunner().invoke(cli, ["webhook", "test"])
+    assert shown.exit_code == 0
+    assert "answered 204" in shown.output
+    assert "signed" in shown.output
+    assert [one.headers.get("X-Kanbu-Test") for one in receiver.accepted] == ["true", "true"]
+    assert len({one.headers["X-Kanbu-Delivery"] for one in receiver.accepted}) == 2
+    for one in receiver.accepted:
+        assert one.headers["X-Kanbu-Signature"] == hmac.new(b"s3cret", one.body, hashlib.sha256).hexdigest()
+    receiver.behave = lambda request: 410
+    failed = run_job("test_webhook")
+    assert "410" in str(failed.error)
+    refused = CliRunner().invoke(cli, ["webhook", "test"])
+    assert "410" in str(refused.exception)
+    assert "S3CRET" not in str(failed.error) + str(refused.exception) + shown.output
+    monkeypatch.delenv("BACKUP_WEBHOOK_URL")
+    assert "BACKUP_WEBHOOK_URL is not set" in str(run_job("test_webhook").error)
+    tick(instance)
+    assert len(receiver.accepted) == 2  # a trial is no alert
 
 
 def test_silence_is_told_once_and_its_end_too(instance: DagsterInstance, receiver: Receiver) -> None:
