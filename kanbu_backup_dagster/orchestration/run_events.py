@@ -44,12 +44,14 @@ from kanbu_backup_dagster.notifications.events import (
 )
 from kanbu_backup_dagster.orchestration import tags
 from kanbu_backup_dagster.orchestration.assets import BACKUP_ASSETS
+from kanbu_backup_dagster.orchestration.drill_ops import RESTORABLE
 from kanbu_backup_dagster.orchestration.failures import ERROR_KIND
 from kanbu_backup_dagster.orchestration.restore_ops import NONE_REPLACED
 from kanbu_backup_dagster.orchestration.telling import events_in
 
 BACKUP_JOBS = {"database_backup": BackupType.DATABASE, "source_backup": BackupType.SOURCE}
 _RESTORE_JOBS = {"restore_database": BackupType.DATABASE, "restore_source": BackupType.SOURCE}
+_DRILL_JOB = "restore_drill"
 _VERIFY_JOBS = ("verify_backup", "verify_pending_backups")
 _PASSING = {"SourceError", "StorageError", "BusyError"}
 _READ = {
@@ -71,10 +73,10 @@ class EndedRun:
         at: When it ended.
         duration_ms: None when it never started.
         stored: The backup file it made, with its metadata.
-        report: The metadata of a restore or drill that it recorded.
+        reports: The metadata of the restores and drills that it recorded.
         failed_step: The first step that failed, why, and the kind of error, where known.
         told: What its ops asked to be told.
-        bad_checks: Backup files that a check found damaged, by name.
+        bad_checks: What checks of backup files found, by the check's name and the file's.
     """
 
     run: DagsterRun
@@ -82,13 +84,13 @@ class EndedRun:
     at: datetime
     duration_ms: int | None
     stored: AssetMaterialization | None = None
-    report: Mapping[str, AnyMetadata] = field(default_factory=dict)
+    reports: list[Mapping[str, AnyMetadata]] = field(default_factory=list)
     failed_step: str | None = None
     error: str | None = None
     error_kind: str | None = None
     verdict: str | None = None
     told: list[Event] = field(default_factory=list)
-    bad_checks: dict[str, str] = field(default_factory=dict)
+    bad_checks: dict[tuple[str, str], str] = field(default_factory=dict)
 
     @property
     def succeeded(self) -> bool:
@@ -149,14 +151,15 @@ def _take(ended: EndedRun, event: DagsterEvent) -> None:
         if _type_of(materialization.asset_key) is not None and materialization.partition is not None:
             ended.stored = materialization
         else:
-            ended.report = metadata
+            ended.reports.append(metadata)
     elif kind is DagsterEventType.ASSET_OBSERVATION:
         metadata = event.asset_observation_data.asset_observation.metadata
     elif kind is DagsterEventType.ASSET_CHECK_EVALUATION:
         check = event.asset_check_evaluation_data
         metadata = check.metadata
         if not check.passed and _type_of(check.asset_key) is not None and check.partition:
-            ended.bad_checks[check.partition] = check.description or "Checksum verification failed"
+            error = check.description or _text(metadata.get("error")) or f"The check {check.check_name} failed."
+            ended.bad_checks[check.check_name, check.partition] = error
     elif kind is DagsterEventType.STEP_OUTPUT:
         metadata = event.step_output_data.metadata
     elif kind is DagsterEventType.STEP_FAILURE:
@@ -185,9 +188,7 @@ def events_of(ended: EndedRun, *, encrypts: bool | None = None) -> list[Event]:
         encrypts: Whether backups are encrypted now, which a failed one would have been.
     """
     events = list(ended.told)
-    damaged = {
-        name for event in events if isinstance(event, VerificationFailed) for name in [event.verification.filename]
-    }
+    damaged = {event.verification.filename for event in events if isinstance(event, VerificationFailed)}
     events += [event for event in _verdicts(ended) if event.verification.filename not in damaged]
     known = {event.event for event in events}
     job = ended.run.job_name
@@ -195,17 +196,15 @@ def events_of(ended: EndedRun, *, encrypts: bool | None = None) -> list[Event]:
         events += _of_backup(ended, BACKUP_JOBS[job], encrypts)
     elif job in _RESTORE_JOBS and not known & {"restore.completed", "restore.failed"}:
         events.append(_of_restore(ended, _RESTORE_JOBS[job]))
-    elif job == "restore_drill" and not known & {"drill.completed", "drill.failed"}:
+    elif job == _DRILL_JOB and not known & {"drill.completed", "drill.failed"}:
         events.append(_of_drill(ended))
     elif job == "prune_backups" and not ended.succeeded and "prune.held" not in known:
         events.append(_held(ended, None))
-    elif (
-        job in _VERIFY_JOBS
-        and not ended.succeeded
-        and not any(event.event == "verification.failed" for event in events)
-    ):
+    elif job in _VERIFY_JOBS and not ended.succeeded and "verification.failed" not in known:
         part = VerificationPart(type=BackupType.DATABASE, filename=_file(ended))
         events.append(VerificationFailed(**_common(ended), verification=part, error=ended.reason))
+    if job != _DRILL_JOB:
+        events += _failed_drills(ended)
     return events
 
 
@@ -214,13 +213,14 @@ def _common(ended: EndedRun) -> dict[str, Any]:
 
 
 def _verdicts(ended: EndedRun) -> Iterator[VerificationFailed]:
-    for filename, error in ended.bad_checks.items():
+    checked = {filename: error for (check, filename), error in ended.bad_checks.items() if check != RESTORABLE}
+    for filename, error in checked.items():
         name = parse_name(filename)
         if name is not None:
             part = VerificationPart(type=name.type, filename=filename, is_encrypted=name.encrypted)
             common = {**_common(ended), "key": f"{ended.run.run_id}/{filename}"}
             yield VerificationFailed(**common, verification=part, error=error)
-    if ended.stored is not None and ended.verdict == "failed" and str(ended.stored.partition) not in ended.bad_checks:
+    if ended.stored is not None and ended.verdict == "failed" and str(ended.stored.partition) not in checked:
         made = backup_part(ended)
         yield VerificationFailed(
             **_common(ended),
@@ -277,11 +277,12 @@ def _held(ended: EndedRun, backup_type: BackupType | None) -> PruneHeld:
 
 
 def _of_restore(ended: EndedRun, backup_type: BackupType) -> Event:
-    replaced = _text(ended.report.get("replaced_database"))
+    report = _report(ended)
+    replaced = _text(report.get("replaced_database"))
     part = RestorePart(
         type=backup_type,
         filename=_file(ended),
-        target=ended.run.tags.get(tags.DATABASE) or _text(ended.report.get("target")),
+        target=ended.run.tags.get(tags.DATABASE) or _text(report.get("target")),
         previous=None if replaced == NONE_REPLACED else replaced,
         duration_ms=ended.duration_ms,
     )
@@ -291,16 +292,32 @@ def _of_restore(ended: EndedRun, backup_type: BackupType) -> Event:
 
 
 def _of_drill(ended: EndedRun) -> Event:
+    report = _report(ended) if ended.succeeded else {}
     part = DrillPart(
         type=BackupType.DATABASE,
         filename=_file(ended),
-        tables=_count(ended.report.get("tables")),
-        rows=_count(ended.report.get("rows")),
+        tables=_count(report.get("tables")),
+        rows=_count(report.get("rows")),
         duration_ms=ended.duration_ms,
     )
     if ended.succeeded:
         return DrillCompleted(**_common(ended), drill=part)
     return DrillFailed(**_common(ended), drill=part, error=ended.reason)
+
+
+def _failed_drills(ended: EndedRun) -> Iterator[DrillFailed]:
+    """Drills of single files, started from the file's page in the UI."""
+    for (check, filename), error in ended.bad_checks.items():
+        if check == RESTORABLE:
+            part = DrillPart(type=BackupType.DATABASE, filename=filename, duration_ms=ended.duration_ms)
+            yield DrillFailed(**{**_common(ended), "key": f"{ended.run.run_id}/{filename}"}, drill=part, error=error)
+
+
+def _report(ended: EndedRun) -> Mapping[str, AnyMetadata]:
+    """What the run recorded of the file that it was about."""
+    named = ended.run.tags.get(tags.FILE)
+    about = (report for report in ended.reports if _text(report.get("file")) == named)
+    return next(about, ended.reports[-1] if ended.reports else {})
 
 
 def _count(value: AnyMetadata | None) -> int | None:
@@ -309,7 +326,7 @@ def _count(value: AnyMetadata | None) -> int | None:
 
 def _file(ended: EndedRun) -> str | None:
     """The backup that the run was about: what the run says, else what its config says."""
-    named = ended.run.tags.get(tags.FILE) or _text(ended.report.get("file"))
+    named = ended.run.tags.get(tags.FILE) or _text(_report(ended).get("file"))
     return named or next((text for text in _texts(ended.run.run_config) if parse_name(text) is not None), None)
 
 

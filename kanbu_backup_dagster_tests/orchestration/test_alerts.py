@@ -390,11 +390,19 @@ def test_a_restore_and_a_drill_are_told_with_what_they_did(instance: DagsterInst
     def report(context: OpExecutionContext) -> None:
         context.instance.add_run_tags(context.run_id, {tags.FILE: filename, tags.DATABASE: "kanbu"})
         metadata = {"replaced_database": "kanbu_before", "tables": 42, "rows": 1000}
-        context.log_event(AssetMaterialization(AssetKey("restored_database"), metadata=metadata))
+        context.log_event(AssetMaterialization(AssetKey("restored_database"), metadata={**metadata, "file": filename}))
+        context.log_event(
+            AssetMaterialization(AssetKey("restored_database"), metadata={"file": "another", "tables": 7})
+        )
 
     @op
     def fail(context: OpExecutionContext) -> None:
         context.instance.add_run_tags(context.run_id, {tags.FILE: filename, tags.DATABASE: "kanbu"})
+        if context.job_name == "restore_drill":
+            check = AssetCheckEvaluation(
+                asset_key=AssetKey("database_backup"), check_name="restorable", passed=False, partition=filename
+            )
+            context.log_event(check)
         raise Failure("Checksum mismatch", allow_retries=False)
 
     def execute(name: str, step: Callable[[], None]) -> None:
