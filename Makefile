@@ -34,22 +34,17 @@ check: .venv/dev
 	$(BIN)/lint-imports
 	$(BIN)/dagster definitions validate -m kanbu_backup_dagster.definitions
 
-bench: .venv/dev
+bench: .venv/bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
 venv: .venv/dev
 
-# The stamps: .venv/made once pip is there, .venv/embedded and .venv/dev once the extra of that name is installed.
+# The stamps: .venv/made once pip is there; the others once the extra of that name, which brings "embedded", is installed.
 .venv/made:
 	@tools/make-venv.sh $(PYTHON)
 	@touch $@
 
-.venv/embedded: .venv/made pyproject.toml
-	@echo "Installing the project into .venv; the first time this takes half a minute."
-	@$(BIN)/pip install -qq --no-compile --editable '.[embedded]'
-	@touch $@
-
-.venv/dev: .venv/made pyproject.toml
-	@echo "Installing the project and its development tools into .venv; the first time this takes half a minute."
-	@$(BIN)/pip install -qq --no-compile --editable '.[dev]'
+.venv/embedded .venv/dev .venv/bench: .venv/made pyproject.toml
+	@echo "Installing the project with what \"$(@F)\" needs into .venv; the first time this takes half a minute."
+	@$(BIN)/pip install -qq --no-compile --editable '.[$(@F)]'
 	@touch $@ .venv/embedded
