@@ -237,6 +237,17 @@ def _is_secret_variable(variable: str) -> bool:
     return any(alias == variable and is_secret(field) for field, alias in variable_names().items())
 
 
+def dagster_postgres_url() -> str | None:
+    """The value of DAGSTER_POSTGRES_URL, or None: Dagster keeps its records in its home.
+
+    Read by itself: each of Dagster's programs needs it, and has to come up when another setting cannot be used, to
+    tell so.
+    """
+    variable = variable_names()["dagster_postgres_url"]
+    in_file = dotenv_values(ENV_FILE)
+    return (in_file[variable] if variable in in_file else os.environ.get(variable)) or None
+
+
 def dagster_home() -> Path:
     """The folder of Dagster's records; it may not exist yet.
 

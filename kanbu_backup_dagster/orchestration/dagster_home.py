@@ -4,8 +4,9 @@ What belongs here: choosing and making Dagster's home, and the three classes tha
 `dagster` commands use it too. What does not: backups, which are in the storage and need none of this.
 
 The place is DAGSTER_HOME (`.env` first, then the environment), else `$XDG_STATE_HOME/kanbu-backup/dagster`
-(`~/.local/state/kanbu-backup/dagster`). Without these classes `dagster job execute` keeps its records in a temporary
-folder that it deletes when it ends.
+(`~/.local/state/kanbu-backup/dagster`). With DAGSTER_POSTGRES_URL set, runs, events and schedules are in that database
+instead, where several machines share them; what only one run needs stays in its home. Without these classes
+`dagster job execute` keeps its records in a temporary folder that it deletes when it ends.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from dagster._core.storage.local_compute_log_manager import LocalComputeLogManag
 from dagster._core.storage.root import LocalArtifactStorage
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
+from dagster_postgres import DagsterPostgresStorage
 
 from kanbu_backup_dagster.errors import SettingsError
+from kanbu_backup_dagster.orchestration.dagster_database import dagster_database
 from kanbu_backup_dagster.settings import dagster_home
 
 CONFIG_FILE = "dagster.yaml"
@@ -80,7 +83,8 @@ def open_instance() -> DagsterInstance:
 
 
 class HomeStorage(DagsterStorage, ConfigurableClass):
-    """Runs, events and schedules: SQLite in Dagster's home. Named in `dagster.yaml`."""
+    """Runs, events and schedules: PostgreSQL when DAGSTER_POSTGRES_URL is set, else SQLite in Dagster's home. Named in
+    `dagster.yaml`, without configuration: Dagster hands that to the processes of runs as an argument, and shows it."""
 
     @classmethod
     def config_type(cls) -> Mapping[str, Any]:
@@ -90,6 +94,10 @@ class HomeStorage(DagsterStorage, ConfigurableClass):
     def from_config_value(  # type: ignore[override]  # gives the storage it stands for, not itself
         cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> DagsterStorage:
+        database = dagster_database()
+        if database is not None:
+            with database.making_tables():
+                return DagsterPostgresStorage(database.sqlalchemy_url, inst_data=inst_data)
         home = dagster_home()
         with _one_at_a_time(home):
             return DagsterSqliteStorage.from_local(str(home), inst_data=inst_data)

@@ -94,15 +94,31 @@ class Connection:
         return variables
 
 
-def parse_database_url(url: str) -> Connection:
+class _MalformedError(Exception):
+    """Why a URL cannot be used; says nothing that may be secret."""
+
+
+def parse_database_url(url: str, *, variable: str = "DATABASE_URL") -> Connection:
     """Take a PostgreSQL URL apart, as Prisma or libpq writes it.
+
+    Args:
+        variable: Where it comes from, for the message.
 
     Raises:
         SettingsError: It cannot be one. The message never repeats the URL, which holds a password.
     """
+    try:
+        return _parse(url)
+    except _MalformedError as reason:
+        raise SettingsError(
+            f"{variable} cannot be used: {reason}.", advice="It looks like postgresql://user:password@host:5432/kanbu."
+        ) from None
+
+
+def _parse(url: str) -> Connection:
     scheme = next((scheme for scheme in _SCHEMES if url.startswith(scheme)), None)
     if scheme is None:
-        raise _malformed("it does not begin with postgresql://")
+        raise _MalformedError("it does not begin with postgresql://")
     rest, _, query = url[len(scheme) :].partition("?")
     authority, _, path = rest.partition("/")
     userinfo, _, hosts = authority.rpartition("@")
@@ -120,7 +136,7 @@ def parse_database_url(url: str) -> Connection:
     _translate_prisma(given)
     for name, value in given.items():
         if name == "sslpassword":
-            raise _malformed(
+            raise _MalformedError(
                 "sslpassword cannot be handed to libpq without showing it; use a client key without a passphrase"
             )
         if name in _LIBPQ_VARIABLES:
@@ -128,9 +144,9 @@ def parse_database_url(url: str) -> Connection:
         else:
             dropped.append(name)
     if not parameters.get("dbname"):
-        raise _malformed("it names no database (the part after the host, as in postgresql://user@host:5432/kanbu)")
+        raise _MalformedError("it names no database (the part after the host, as in postgresql://user@host:5432/kanbu)")
     if any("\0" in value for value in parameters.values()):
-        raise _malformed("it holds a NUL character")
+        raise _MalformedError("it holds a NUL character")
     return Connection({name: value for name, value in parameters.items() if value}, tuple(sorted(dropped)))
 
 
@@ -140,12 +156,12 @@ def _read_hosts(hosts: str, parameters: dict[str, str]) -> None:
         if entry.startswith("["):
             host, bracket, port = entry[1:].partition("]")
             if not bracket or (port and not port.startswith(":")):
-                raise _malformed("an IPv6 address needs the form [::1]:5432")
+                raise _MalformedError("an IPv6 address needs the form [::1]:5432")
             port = port[1:]
         else:
             host, _, port = entry.partition(":")
         if port and not (port.isascii() and port.isdigit() and int(port) < 65536):
-            raise _malformed(
+            raise _MalformedError(
                 "the port is not a number; does the password hold a character to be percent-encoded (@ : / #)?"
             )
         names.append(unquote(host))
@@ -163,13 +179,7 @@ def _translate_prisma(given: dict[str, str]) -> None:
     if given.pop("sslaccept", None) == "strict" and given.get("sslmode") == "require":
         given["sslmode"] = "verify-full"
     if "sslidentity" in given:
-        raise _malformed("sslidentity (PKCS#12) is not read by libpq; give sslcert and sslkey as PEM files")
-
-
-def _malformed(reason: str) -> SettingsError:
-    return SettingsError(
-        f"DATABASE_URL cannot be used: {reason}.", advice="It looks like postgresql://user:password@host:5432/kanbu."
-    )
+        raise _MalformedError("sslidentity (PKCS#12) is not read by libpq; give sslcert and sslkey as PEM files")
 
 
 def require_connection(settings: Settings) -> Connection:
