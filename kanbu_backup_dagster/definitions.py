@@ -22,6 +22,7 @@ from kanbu_backup_dagster.orchestration.restore_source_ops import RESTORE_SOURCE
 from kanbu_backup_dagster.orchestration.run_scope import run_scope
 from kanbu_backup_dagster.orchestration.schedule_asset import schedule_file_asset, with_freshness
 from kanbu_backup_dagster.orchestration.schedules import build_schedules
+from kanbu_backup_dagster.orchestration.verify_ops import CHECKS
 
 
 def build_definitions(*, resource_overrides: Mapping[str, Any] | None = None) -> Definitions:
@@ -37,7 +38,7 @@ def build_definitions(*, resource_overrides: Mapping[str, Any] | None = None) ->
     )
     return Definitions(
         assets=[*assets, schedule_file_asset(configuration, schedules.problems)],
-        asset_checks=DRILL_CHECKS,
+        asset_checks=[*CHECKS, *DRILL_CHECKS],
         jobs=JOBS,
         schedules=schedules.schedules,
         sensors=build_sensors(JOBS, schedules.problems),

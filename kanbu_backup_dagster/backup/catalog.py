@@ -8,14 +8,15 @@ Storage is the truth: the catalog is read from it each time and kept nowhere.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
 from kanbu_backup_dagster.backup.keys import Keyring
-from kanbu_backup_dagster.backup.manifest import Manifest, VerificationStatus, parse_manifest
+from kanbu_backup_dagster.backup.manifest import Manifest, Verification, VerificationStatus, parse_manifest
 from kanbu_backup_dagster.backup.names import BackupName, BackupType, parse_name, require_name
-from kanbu_backup_dagster.errors import BackupNotFoundError, CorruptBackupError
+from kanbu_backup_dagster.errors import BackupNotFoundError, CorruptBackupError, EncryptionKeyError
 from kanbu_backup_dagster.storage.protocol import Storage, StoredFile
 
 
@@ -56,6 +57,16 @@ class Backup:
         if self.problem is not None:
             return VerificationStatus.FAILED
         return self.manifest.verification.status if self.manifest else VerificationStatus.NO_CHECKSUM
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex characters that differ when anything that is known of the file does, its seal left out."""
+        known = (
+            self.manifest.model_dump_json(exclude={"seal"})
+            if self.manifest is not None
+            else f"{self.problem}\n{self.file.size}\n{self.file.modified.isoformat()}"
+        )
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
 class Catalog:
@@ -123,13 +134,39 @@ class Catalog:
         Raises:
             BackupNotFoundError: No such backup.
             CorruptBackupError: Its manifest is missing or cannot be trusted.
+            EncryptionKeyError: It was sealed with a key that is not set: without it nothing can be changed, since the
+                new one would have no seal, or the seal of a key that never proved the old one.
         """
         backup = self.get(filename)
         if backup.manifest is None:
-            raise CorruptBackupError(backup.problem or f"{filename} has no manifest.")
+            raise CorruptBackupError(
+                backup.problem or f"{filename} has no manifest.", advice="`kanbu-backup adopt` gives a file one."
+            )
+        sealed_by = backup.manifest.sealed_by
+        if sealed_by is not None and (self._keys.current is None or sealed_by not in self._keys.ids):
+            raise EncryptionKeyError(
+                f"The manifest of {filename} is sealed with key {sealed_by}, which is not set; it stays as it is.",
+                advice="Set BACKUP_ENCRYPTION_KEY to the key the backup was made with.",
+            )
         manifest = change(backup.manifest)
         self._storage.replace_sidecar(filename, self.sealed(manifest))
         return manifest
+
+    def record_verdict(self, backup: Backup, verdict: Verification) -> bool:
+        """Write a verdict to the backup's manifest.
+
+        Returns:
+            Whether it could be: not where there is no manifest that can be trusted, nor without the key that sealed it.
+
+        Raises:
+            BackupNotFoundError: The file was deleted meanwhile.
+            StorageError: The storage cannot be written.
+        """
+        try:
+            self.amend(backup.filename, lambda manifest: manifest.model_copy(update={"verification": verdict}))
+        except (CorruptBackupError, EncryptionKeyError):
+            return False
+        return True
 
     def sealed(self, manifest: Manifest) -> bytes:
         """The manifest's JSON, sealed under the current key where one is set."""

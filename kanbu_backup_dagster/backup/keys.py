@@ -94,6 +94,11 @@ class Keyring:
         """Every key, the current one first."""
         return ((self.current,) if self.current else ()) + self.previous
 
+    @property
+    def ids(self) -> frozenset[str]:
+        """The ids of all keys."""
+        return frozenset(key.key_id for key in self.all)
+
     def reading(self, key_id: str | None) -> EncryptionKey:
         """The key to read a file with; `key_id` is None where the file does not say (no manifest).
 

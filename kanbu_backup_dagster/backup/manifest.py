@@ -175,6 +175,11 @@ class Manifest(_Part):
     proven_at: Moment | None = None
     seal: str | None = None
 
+    @property
+    def sealed_by(self) -> str | None:
+        """The id of the key that sealed it."""
+        return self.seal.partition(":")[0] if self.seal is not None else None
+
     def to_json(self, key: EncryptionKey | None) -> bytes:
         """The manifest as JSON for people and programs, sealed with `key` where there is one."""
         fields = self.model_dump(mode="json", exclude={"seal"})
@@ -233,7 +238,9 @@ def _judge_seal(where: str, manifest: Manifest, fields: dict[str, Any], keys: Ke
         if manifest.encrypted:
             raise CorruptBackupError(f"The manifest {where} has lost its seal: it was edited.")
         return
-    sealed_by = manifest.seal.partition(":")[0]
+    if manifest.encrypted and manifest.key_id in keys.ids and manifest.sealed_by not in keys.ids:
+        # Whoever edits a manifest could otherwise name a key that nobody has, and be believed.
+        raise CorruptBackupError(f"The manifest {where} is sealed with key {manifest.sealed_by}, which is not set.")
     for key in keys.all:
-        if key.key_id == sealed_by and not hmac.compare_digest(_seal(fields, key), manifest.seal):
+        if key.key_id == manifest.sealed_by and not hmac.compare_digest(_seal(fields, key), manifest.seal):
             raise CorruptBackupError(f"The manifest {where} does not match its seal: it was edited.")

@@ -14,11 +14,16 @@ from kanbu_backup_dagster.storage.protocol import Storage
 
 @dataclass(frozen=True)
 class Found:
-    """A backup, the storage it is in, and the keys to read it with."""
+    """A backup, the storage it is in, and the keys to read it with.
+
+    Attributes:
+        elsewhere: Whether it is in a folder that was given, not in the configured storage.
+    """
 
     backup: Backup
     storage: Storage
     keys: Keyring
+    elsewhere: bool = False
 
     @property
     def catalog(self) -> Catalog:
@@ -35,8 +40,8 @@ def open_backup(file: str) -> Found:
     environment = load_environment()
     storage: Storage = environment.storage
     path = Path(file)
-    if len(path.parts) > 1:
+    elsewhere = len(path.parts) > 1 and path.parent.resolve() != Path(storage.location).resolve()
+    if elsewhere:
         storage = FolderStorage(path.parent.absolute(), variable="the path given")
-    return Found(
-        Catalog(storage, environment.keys).get(path.name if len(path.parts) > 1 else file), storage, environment.keys
-    )
+    backup = Catalog(storage, environment.keys).get(path.name if len(path.parts) > 1 else file)
+    return Found(backup, storage, environment.keys, elsewhere)

@@ -1,4 +1,4 @@
-"""`kanbu-backup backup`, `verify`, `decrypt`, `storage mark`: making backups and working on their files."""
+"""`kanbu-backup backup`, `decrypt`, `storage mark`: making backups and working on their files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from pathlib import Path
 import click
 
 from kanbu_backup_dagster.backup.environment import load_environment
-from kanbu_backup_dagster.backup.manifest import VerificationStatus
 from kanbu_backup_dagster.backup.reading import content, prove
-from kanbu_backup_dagster.backup.verification import verify as verify_file
 from kanbu_backup_dagster.cli.arguments import open_backup
 from kanbu_backup_dagster.cli.bars import byte_bar
-from kanbu_backup_dagster.cli.main import EXIT_FAILED, cli
+from kanbu_backup_dagster.cli.main import cli
 from kanbu_backup_dagster.errors import KanbuError
 
 
@@ -54,26 +52,6 @@ def _run_backup(job: str, *, as_json: bool, verbose: bool) -> None:
             f"{manifest.stored_bytes / 1e6:,.1f} MB, {manifest.verification.status.value}, "
             f"{'encrypted' if manifest.encrypted else 'NOT encrypted'}, {manifest.duration_seconds:.1f} s"
         )
-
-
-@cli.command()
-@click.argument("file")
-@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
-def verify(file: str, as_json: bool) -> None:
-    """Read the backup FILE back, compare it with its checksum, and record the verdict."""
-    found = open_backup(file)
-    with byte_bar("Verifying", total=found.backup.file.size, silent=as_json) as bar:
-        verdict = verify_file(found.backup, found.storage, found.keys, on_bytes=bar.to)
-    if found.backup.manifest is not None:
-        found.catalog.amend(
-            found.backup.filename, lambda manifest: manifest.model_copy(update={"verification": verdict})
-        )
-    if as_json:
-        click.echo(json.dumps({"filename": found.backup.filename, **verdict.model_dump(mode="json")}, indent=2))
-    else:
-        click.echo(f"{found.backup.filename}: {verdict.status.value}{f': {verdict.detail}' if verdict.detail else ''}")
-    if verdict.status is VerificationStatus.FAILED:
-        sys.exit(EXIT_FAILED)
 
 
 @cli.command()

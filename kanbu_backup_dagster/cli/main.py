@@ -53,6 +53,7 @@ def main() -> None:
         restore,
         schedules,
         serve,
+        verify,
     )
 
     try:

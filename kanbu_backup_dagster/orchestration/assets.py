@@ -1,11 +1,16 @@
-"""Assets: what Dagster shows of databases, source trees and their backup files.
+"""Assets: what Dagster shows of the database, the source tree and their backup files.
 
-What belongs here: keys, specs, partitions, and the events that make a backup file known. What does not: making backups.
+What belongs here: keys, specs, partitions, and what events about them say. What does not: making backups, and which
+events are logged when (`register`).
 
-`kanbu_database` is an outside thing, observed; each backup file is one dynamic partition of `database_backup`.
+`kanbu_database` and `kanbu_source` are outside things, observed; each backup file is one dynamic partition of
+`database_backup` or `source_backup`.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
 
 from dagster import (
     AssetKey,
@@ -20,13 +25,18 @@ from dagster import (
 )
 from dagster._core.definitions.metadata.metadata_value import MetadataValue as AnyMetadata
 
-from kanbu_backup_dagster.backup.manifest import DatabaseFacts, Manifest
+from kanbu_backup_dagster.backup.catalog import Backup
+from kanbu_backup_dagster.backup.manifest import DatabaseFacts, Manifest, SourceFacts, VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 
 KANBU_DATABASE = AssetKey("kanbu_database")
 DATABASE_BACKUP = AssetKey("database_backup")
 
+KANBU_SOURCE = AssetKey("kanbu_source")
+SOURCE_BACKUP = AssetKey("source_backup")
+
 DATABASE_FILES = DynamicPartitionsDefinition(name="database_backup_files")
+SOURCE_FILES = DynamicPartitionsDefinition(name="source_backup_files")
 
 ASSETS = [
     AssetSpec(
@@ -43,10 +53,30 @@ ASSETS = [
         kinds={"gzip"},
         partitions_def=DATABASE_FILES,
     ),
+    AssetSpec(
+        KANBU_SOURCE,
+        description="Kanbu's source tree, observed at each backup.",
+        group_name="kanbu",
+        kinds={"git"},
+    ),
+    AssetSpec(
+        SOURCE_BACKUP,
+        deps=[KANBU_SOURCE],
+        description="Backups of the source tree: a partition per file. Its data version is the content's SHA-256.",
+        group_name="kanbu",
+        kinds={"gzip"},
+        partitions_def=SOURCE_FILES,
+    ),
 ]
 
 # Backup type to its asset, and the name of the partition set its files are in.
-BACKUP_ASSETS = {BackupType.DATABASE: (DATABASE_BACKUP, "database_backup_files")}
+BACKUP_ASSETS = {
+    BackupType.DATABASE: (DATABASE_BACKUP, "database_backup_files"),
+    BackupType.SOURCE: (SOURCE_BACKUP, "source_backup_files"),
+}
+
+# The entry of a file's observation that names the state of its manifest then (`Backup.fingerprint`).
+FINGERPRINT = "manifest"
 
 _STAGE_SCHEMA = TableSchema(
     columns=[
@@ -55,6 +85,9 @@ _STAGE_SCHEMA = TableSchema(
         TableColumn("bytes_out", "int"),
         TableColumn("busy_seconds", "float", description="Spent in the stage itself."),
     ]
+)
+_EXCLUDED_SCHEMA = TableSchema(
+    columns=[TableColumn("rule", "string"), TableColumn("entries", "int"), TableColumn("bytes", "int")]
 )
 _ROWS_SCHEMA = TableSchema(columns=[TableColumn("table", "string"), TableColumn("rows", "int")])
 
@@ -74,7 +107,6 @@ def backup_metadata(manifest: Manifest, path: str) -> dict[str, AnyMetadata]:
         "stored_sha256": MetadataValue.text(manifest.stored_sha256),
         "encrypted": MetadataValue.bool(manifest.encrypted),
         "trigger": MetadataValue.text(manifest.trigger.value),
-        "verification": MetadataValue.text(manifest.verification.status.value),
         "stages": MetadataValue.table(
             records=[
                 TableRecord(
@@ -94,6 +126,10 @@ def backup_metadata(manifest: Manifest, path: str) -> dict[str, AnyMetadata]:
         metadata["key_id"] = MetadataValue.text(manifest.key_id)
     if manifest.database is not None:
         metadata |= _database_metadata(manifest.database)
+    if manifest.source is not None:
+        metadata |= _source_metadata(manifest.source)
+    if manifest.schedule_id is not None:
+        metadata["schedule"] = MetadataValue.text(f"{manifest.schedule_id} ({manifest.schedule_name})")
     if manifest.run_id:
         metadata["run"] = MetadataValue.dagster_run(manifest.run_id)
     return metadata
@@ -114,13 +150,42 @@ def _database_metadata(facts: DatabaseFacts) -> dict[str, AnyMetadata]:
     }
 
 
+def _source_metadata(facts: SourceFacts) -> dict[str, AnyMetadata]:
+    metadata: dict[str, AnyMetadata] = {
+        "source_path": MetadataValue.path(facts.path),
+        **_source_counts(facts),
+        "excluded": MetadataValue.table(
+            records=[
+                TableRecord({"rule": one.rule, "entries": one.count, "bytes": one.bytes}) for one in facts.excluded
+            ],
+            schema=_EXCLUDED_SCHEMA,
+        ),
+        "warnings": MetadataValue.json(list(facts.warnings)),
+    }
+    if facts.git_commit is not None:
+        metadata["git_commit"] = MetadataValue.text(facts.git_commit)
+    return metadata
+
+
+def _source_counts(facts: SourceFacts) -> dict[str, AnyMetadata]:
+    return {
+        "files": MetadataValue.int(facts.files),
+        "folders": MetadataValue.int(facts.folders),
+        "links": MetadataValue.int(facts.links),
+        "files_bytes": MetadataValue.int(facts.bytes),
+    }
+
+
 def _summary(manifest: Manifest) -> str:
-    what = (
-        f"database `{manifest.database.name}` (PostgreSQL {manifest.database.server_version}), "
-        f"{sum(manifest.database.rows.values()):,} rows in {len(manifest.database.rows)} tables"
-        if manifest.database
-        else f"{manifest.type.value}"
-    )
+    what = manifest.type.value
+    if manifest.database is not None:
+        facts = manifest.database
+        what = (
+            f"database `{facts.name}` (PostgreSQL {facts.server_version}), "
+            f"{sum(facts.rows.values()):,} rows in {len(facts.rows)} tables"
+        )
+    elif manifest.source is not None:
+        what = f"source tree `{manifest.source.path}`, {manifest.source.files:,} files"
     how = f"AES-256-GCM, key `{manifest.key_id}`" if manifest.encrypted else "**not encrypted**"
     return (
         f"**{manifest.filename}**: {what}; {manifest.raw_bytes / 1e6:,.1f} MB became "
@@ -128,14 +193,57 @@ def _summary(manifest: Manifest) -> str:
     )
 
 
-def materialization(manifest: Manifest, path: str) -> AssetMaterialization:
-    """The event that makes a backup file known to Dagster."""
-    key, _ = BACKUP_ASSETS[manifest.type]
-    return AssetMaterialization(
-        asset_key=key,
-        partition=manifest.filename,
-        metadata=backup_metadata(manifest, path),
-        tags={"dagster/data_version": manifest.sha256},
+def materialization(backup: Backup, path: str) -> AssetMaterialization:
+    """The event that makes a backup file known to Dagster.
+
+    Args:
+        path: Where the file is, for people.
+    """
+    key, _ = BACKUP_ASSETS[backup.type]
+    manifest = backup.manifest
+    if manifest is not None:
+        metadata, tags = backup_metadata(manifest, path), {"dagster/data_version": manifest.sha256}
+    else:
+        # A file of Kanbu's own past, or one whose manifest cannot be trusted: its name and size are all that is known.
+        tags = {}
+        metadata = {
+            "path": MetadataValue.path(path),
+            "size_bytes": MetadataValue.int(backup.file.size),
+            "encrypted": MetadataValue.bool(backup.name.encrypted),
+        }
+    return AssetMaterialization(asset_key=key, partition=backup.filename, metadata=metadata, tags=tags)
+
+
+def state_observation(backup: Backup) -> AssetObservation:
+    """What may change about a backup file while it stays the same file: its verdict, whether it is held, drills."""
+    manifest = backup.manifest
+    metadata: dict[str, AnyMetadata] = {
+        "verification": MetadataValue.text(backup.status.value),
+        "held": MetadataValue.bool(manifest is not None and manifest.held),
+        FINGERPRINT: MetadataValue.text(backup.fingerprint),
+    }
+    if manifest is not None:
+        verdict = manifest.verification
+        metadata["deep"] = MetadataValue.bool(verdict.deep)
+        if verdict.at is not None:
+            metadata["verified_at"] = MetadataValue.timestamp(verdict.at)
+        if manifest.proven_at is not None:
+            metadata["proven_at"] = MetadataValue.timestamp(manifest.proven_at)
+    if detail := backup.problem or (manifest.verification.detail if manifest is not None else ""):
+        metadata["detail"] = MetadataValue.text(detail)
+    return AssetObservation(BACKUP_ASSETS[backup.type][0], partition=backup.filename, metadata=metadata)
+
+
+def counts_observation(backup_type: BackupType, backups: Sequence[Backup]) -> AssetObservation:
+    """How many backups of a type there are, by status, so that the numbers plot."""
+    counts = Counter(backup.status for backup in backups)
+    return AssetObservation(
+        BACKUP_ASSETS[backup_type][0],
+        metadata={
+            "backups": MetadataValue.int(len(backups)),
+            **{status.value: MetadataValue.int(counts[status]) for status in VerificationStatus},
+            "stored_bytes": MetadataValue.int(sum(backup.file.size for backup in backups)),
+        },
     )
 
 
@@ -151,3 +259,11 @@ def database_observation(facts: DatabaseFacts) -> AssetObservation:
             "database": MetadataValue.text(facts.name),
         },
     )
+
+
+def source_observation(facts: SourceFacts) -> AssetObservation:
+    """What the source tree was when it was archived, so that its history plots."""
+    metadata = _source_counts(facts)
+    if facts.git_commit is not None:
+        metadata["git_commit"] = MetadataValue.text(facts.git_commit)
+    return AssetObservation(asset_key=KANBU_SOURCE, metadata=metadata)

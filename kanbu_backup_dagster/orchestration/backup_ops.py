@@ -10,29 +10,29 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 
-from dagster import Failure, MetadataValue, OpExecutionContext, ResourceParam, op
+from dagster import OpExecutionContext, ResourceParam, op
 
 from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.environment import Environment
 from kanbu_backup_dagster.backup.keys import likely_mistake
 from kanbu_backup_dagster.backup.landing import Origin, Progress, expected_stored_bytes, make_backup
-from kanbu_backup_dagster.backup.manifest import Trigger, VerificationStatus
+from kanbu_backup_dagster.backup.manifest import Trigger
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.backup.recipe import Recipe
-from kanbu_backup_dagster.backup.verification import verify as verify_file
 from kanbu_backup_dagster.errors import KanbuError, StorageError
 from kanbu_backup_dagster.orchestration.assets import (
-    BACKUP_ASSETS,
     backup_metadata,
     database_observation,
-    materialization,
+    source_observation,
 )
 from kanbu_backup_dagster.orchestration.failures import explained
 from kanbu_backup_dagster.orchestration.known_storage import prepare_storage
 from kanbu_backup_dagster.orchestration.progress import reporter
+from kanbu_backup_dagster.orchestration.register import Register
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.run_scope import RunScope
 from kanbu_backup_dagster.orchestration.tags import RESTORE_DATABASE, SCHEDULE_ID, SCHEDULE_NAME, TRIGGER
+from kanbu_backup_dagster.orchestration.verify_ops import judge, tell_verdict
 from kanbu_backup_dagster.restore.swap import drop_replaced
 from kanbu_backup_dagster.sources.commands import ServerAccess
 from kanbu_backup_dagster.sources.postgres import PostgresDump, prepare_dump
@@ -140,12 +140,13 @@ def store(
             origin=origin_of(context),
             on_progress=reporter(context, "storing"),
         )
-    _, partition_set = BACKUP_ASSETS[manifest.type]
+        backup = loaded.catalog.get(manifest.filename)
     path = loaded.storage.path(manifest.filename)
-    context.instance.add_dynamic_partitions(partition_set, [manifest.filename])
     if manifest.database is not None:
         context.log_event(database_observation(manifest.database))
-    context.log_event(materialization(manifest, path))
+    if manifest.source is not None:
+        context.log_event(source_observation(manifest.source))
+    Register.of_run(context).add(backup, path)
     context.add_output_metadata(backup_metadata(manifest, path))
     context.log.info(f"[Backup] Stored {path}: {manifest.stored_bytes:,} bytes")
     access = recipe.source.access if isinstance(recipe.source, PostgresDump) else None
@@ -166,23 +167,17 @@ def verify(context: OpExecutionContext, stored: StoredBackup, environment: Backu
         loaded = environment.load()
         backup = loaded.catalog.get(stored.filename)
         begun, report = time.monotonic(), reporter(context, "verifying")
-        verdict = verify_file(
+        judged = judge(
+            context,
+            loaded,
             backup,
-            loaded.storage,
-            loaded.keys,
+            deep=False,
             on_bytes=lambda count: report(Progress(count, backup.file.size, time.monotonic() - begun)),
         )
-        manifest = loaded.catalog.amend(
-            stored.filename, lambda manifest: manifest.model_copy(update={"verification": verdict})
-        )
-    context.add_output_metadata({"verification": verdict.status.value, "seconds": round(time.monotonic() - begun, 3)})
-    if verdict.status is not VerificationStatus.VERIFIED:
-        raise Failure(
-            description=f"{verdict.detail} ({stored.filename})",
-            metadata={"verification": MetadataValue.text(verdict.status.value)},
-            allow_retries=False,
-        )
-    context.log.info(f"[Backup] Verified {stored.filename}")
+        Register.of_run(context).evaluate(backup, judged.verdict, seconds=judged.seconds)
+    tell_verdict(context, backup, judged)
+    manifest = backup.manifest
+    assert manifest is not None  # a failed verdict ended the step, and only a file with a manifest has another
     if manifest.database is not None and stored.access is not None:
         _drop_replaced(context, loaded, stored.access, manifest.database.name, manifest.created_at)
     return stored

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dagster import in_process_executor, job
 
 from kanbu_backup_dagster.backup.names import BackupType
-from kanbu_backup_dagster.orchestration import backup_ops, drill_ops, restore_ops, restore_source_ops, tags
+from kanbu_backup_dagster.orchestration import (
+    backup_ops,
+    drill_ops,
+    restore_ops,
+    restore_source_ops,
+    tags,
+    verify_ops,
+)
 from kanbu_backup_dagster.orchestration.webhook_test import test_webhook
 
 
@@ -55,4 +62,22 @@ def restore_source() -> None:
     restore_source_ops.extract(restore_source_ops.validate_source())
 
 
-JOBS = [database_backup, restore_database, restore_drill, restore_source, test_webhook]
+@job(description="Verifies one backup file.")
+def verify_backup() -> None:
+    verify_ops.verify_one()
+
+
+@job(description="Verifies every backup that waits for it, deeply.")
+def verify_pending_backups() -> None:
+    verify_ops.verify_many()
+
+
+JOBS = [
+    database_backup,
+    restore_database,
+    restore_drill,
+    restore_source,
+    test_webhook,
+    verify_backup,
+    verify_pending_backups,
+]

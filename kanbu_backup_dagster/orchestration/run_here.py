@@ -33,6 +33,7 @@ class Outcome:
         materialized: The asset partitions it made, in order: names of backup files.
         errors: What the failed steps said, for the user.
         report: The plain values of the metadata of the last asset that was materialized.
+        observed: Asset partitions that were observed, with the plain values of their metadata, in order.
     """
 
     run_id: str
@@ -40,6 +41,7 @@ class Outcome:
     materialized: tuple[str, ...]
     errors: tuple[KanbuError, ...]
     report: Mapping[str, Any] = field(default_factory=dict)
+    observed: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     @property
     def error(self) -> KanbuError:
@@ -88,7 +90,15 @@ def run_job(
                     if event.event_type is DagsterEventType.ASSET_MATERIALIZATION
                 ]
                 report = {name: entry.value for name, entry in reports[-1].items()} if reports else {}
-                return Outcome(result.run_id, result.success, materialized, failed, report)
+                # What a step logged before it failed is in the log, and not among the result's events.
+                observed = tuple(
+                    (str(event.partition), {name: entry.value for name, entry in seen.metadata.items()})
+                    for logged in instance.all_logs(result.run_id, of_type={DagsterEventType.ASSET_OBSERVATION})
+                    for event in [logged.get_dagster_event()]
+                    if event.partition is not None
+                    for seen in [event.asset_observation_data.asset_observation]
+                )
+                return Outcome(result.run_id, result.success, materialized, failed, report, observed)
     finally:
         progress.listener.reset(token)
 

@@ -25,9 +25,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal, DecimalException
 from pathlib import Path
-from typing import IO, cast
+from typing import cast
 
 from kanbu_backup_dagster.backup.manifest import SourceFacts
+from kanbu_backup_dagster.backup.tar_reading import ArchiveReader, archive_entries
 from kanbu_backup_dagster.errors import CorruptBackupError, RestoreError
 
 _CHUNK = 1 << 20
@@ -102,7 +103,7 @@ def extract_archive(chunks: Iterator[bytes], folder: Path, expected: SourceFacts
     with _staged(folder.resolve()) as staging:
         extraction = _Extraction(os.fsencode(staging))
         try:
-            extraction.run(_Reader(chunks))
+            extraction.run(ArchiveReader(chunks))
             for _ in chunks:  # what follows the archive is of no use, but stages check their own ends
                 pass
             extraction.finish()
@@ -148,57 +149,6 @@ def _staged(folder: Path) -> Iterator[Path]:
         raise
 
 
-class _Reader:
-    """Chunks as a file that can be read and skipped, which is all `tarfile` does with an archive it only walks."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._rest = memoryview(b"")
-        self._position = 0
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, position: int) -> None:
-        assert position >= self._position
-        while position > self._position and self.read(min(position - self._position, _CHUNK)):
-            pass
-
-    def read(self, size: int) -> bytes:
-        parts = []
-        while size:
-            if not self._rest:
-                chunk = next(self._chunks, None)
-                if chunk is None:
-                    break
-                self._rest = memoryview(chunk)
-            part, self._rest = self._rest[:size], self._rest[size:]
-            self._position += len(part)
-            size -= len(part)
-            parts.append(part)
-        return b"".join(parts)
-
-
-class _Member(tarfile.TarInfo):
-    """A header; anything but a good one is an error, where `tarfile` takes it for the archive's end."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
-        if len(buf) != tarfile.BLOCKSIZE:
-            raise CorruptBackupError("The archive in the backup is cut short.")
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if buf.count(0) == tarfile.BLOCKSIZE:  # the block that ends an archive
-                raise
-            raise CorruptBackupError(f"The archive in the backup is damaged: {error}.") from error
-
-
-class _Archive(tarfile.TarFile):
-    tarinfo = _Member
-    members: list[tarfile.TarInfo]
-
-
 class _Extraction:
     """An archive on its way into the folder `root`."""
 
@@ -211,12 +161,10 @@ class _Extraction:
         self._folders: list[tuple[bytes, tarfile.TarInfo]] = []
         self._symlinks: dict[bytes, tarfile.TarInfo] = {}
 
-    def run(self, reader: _Reader) -> None:
+    def run(self, reader: ArchiveReader) -> None:
         """Extract everything but symbolic links."""
-        archive = _Archive(fileobj=cast(IO[bytes], reader), encoding="utf-8", errors="surrogateescape")
-        while (member := archive.next()) is not None:
+        for member in archive_entries(reader):
             self._extract(reader, member)
-            archive.members.clear()  # tarfile remembers every member, which nobody asks for here
 
     def finish(self) -> None:
         """Make the symbolic links, then give folders their modes and times, the innermost first."""
@@ -238,7 +186,7 @@ class _Extraction:
             os.chmod(place, stat.S_IMODE(member.mode))
             os.utime(place, ns=_times(member))
 
-    def _extract(self, reader: _Reader, member: tarfile.TarInfo) -> None:
+    def _extract(self, reader: ArchiveReader, member: tarfile.TarInfo) -> None:
         # Where a sparse file's header says `path` too (long names, by GNU tar), tarfile takes that for the name.
         path = _safe(member, member.pax_headers.get("GNU.sparse.name", member.name))
         if member.isdir():
@@ -264,7 +212,7 @@ class _Extraction:
         else:
             raise _refused(member, "is a device, a FIFO or of an unknown type")
 
-    def _write(self, reader: _Reader, member: tarfile.TarInfo, path: bytes) -> None:
+    def _write(self, reader: ArchiveReader, member: tarfile.TarInfo, path: bytes) -> None:
         try:
             fd = os.open(self._place(path), _NEW_FILE, 0o600)
         except FileExistsError:
