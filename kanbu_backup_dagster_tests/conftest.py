@@ -31,6 +31,8 @@ _REAL_FIXTURES = {
     "each_mode": "postgresql",
     "docker_engine": "docker",
     "node": "node",
+    "kanbu": "postgresql",
+    "browser": "chromium",
 }
 _OUR_VARIABLES = ("BACKUP_", "DAGSTER_", "DATABASE_URL", "DOCKER_", "KANBU_", "PG", "POSTGRES_")
 

@@ -19,13 +19,13 @@ from starlette.requests import Request
 from kanbu_backup_dagster.backup.manifest import Trigger
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.orchestration import tags
+from kanbu_backup_dagster.orchestration.run_events import BACKUP_JOBS
 from kanbu_backup_dagster.schedule_file import Schedule
 
 logger = logging.getLogger("kanbu_backup.server")
 
 LOCATION = "kanbu_backup"  # pyproject.toml's and workspace.yaml's name for the code location
 REPOSITORY = "__repository__"  # Dagster's name for a location's one `Definitions`
-JOBS = {BackupType.DATABASE: "database_backup", BackupType.SOURCE: "source_backup"}
 
 _LAUNCH = """
 mutation Launch($params: ExecutionParams!) {
@@ -126,7 +126,7 @@ class DagsterRuns:
                     "selector": {
                         "repositoryLocationName": LOCATION,
                         "repositoryName": REPOSITORY,
-                        "jobName": JOBS[backup_type],
+                        "jobName": next(job for job, kind in BACKUP_JOBS.items() if kind is backup_type),
                     },
                     "runConfigData": {},
                     "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in run_tags.items()]},
@@ -154,7 +154,7 @@ class DagsterRuns:
         except ValueError:
             return None
         record = self._instance.get_run_record_by_id(known)
-        backup_type = next((kind for kind, job in JOBS.items() if record and record.dagster_run.job_name == job), None)
+        backup_type = BACKUP_JOBS.get(record.dagster_run.job_name) if record else None
         if record is None or backup_type is None:
             return None
         status = _STATES[record.dagster_run.status]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import tempfile
 import threading
@@ -15,6 +16,7 @@ import uvicorn
 from dagster import DagsterInstance
 from dagster._core.workspace.context import WorkspaceProcessContext
 from dagster._core.workspace.load_target import EmptyWorkspaceTarget
+from playwright.sync_api import Browser, sync_playwright
 
 from kanbu_backup_dagster.server.app import Server, build_server
 from kanbu_backup_dagster.settings import Settings
@@ -69,6 +71,19 @@ def web_only() -> Iterator[Serving]:
         serving.start()
         serving.await_ready()
         yield serving
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A real Chromium, without a window."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium: install chromium")
+    with sync_playwright() as playwright:
+        # Its sandbox does not work for root, whom CI runs tests as.
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
 
 
 class LiveServer:

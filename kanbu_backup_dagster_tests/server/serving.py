@@ -74,7 +74,7 @@ class Serving:
         for line in process.stdout:
             self.output += line
 
-    def await_output(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+    def await_output(self, pattern: str, seconds: float = 120) -> re.Match[str]:
         """The first match of `pattern` in what it writes."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -89,7 +89,7 @@ class Serving:
         ready = self.await_output(r"Ready(?:: (\S+))?\.\s")
         self.url = ready[1] or ""
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 30) -> int:
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 90) -> int:
         """Signal it and wait for its end; its exit status."""
         assert self.process is not None
         self.process.send_signal(number)
@@ -140,7 +140,7 @@ class Serving:
             params={} if wait is None else {"wait": wait},
             json=body,
             headers={"Authorization": f"Bearer {key}"},
-            timeout=120,
+            timeout=300,
         )
 
 

@@ -184,7 +184,7 @@ def test_a_part_that_is_killed_comes_back_and_it_is_told(kanbu: Serving) -> None
         assert kanbu.find(*parts) != before
     # Connections made meanwhile wait for the next web server rather than being refused.
     assert requests.get(kanbu.url, auth=LOGIN, timeout=60).status_code == 200
-    done = kanbu.trigger({"type": "database"}, wait=90)
+    done = kanbu.trigger({"type": "database"}, wait=200)
     assert done.json()["status"] == "succeeded", done.text
 
 
@@ -249,7 +249,7 @@ def test_web_and_daemon_apart_over_https_with_the_guides_node_client(database: s
         assert web.url.startswith("https://")
         answer = node_trigger(node, web.url, CA=str(public))
         assert answer["statusCode"] == 202
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not list(daemon.storage.glob("*.sql.gz")) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert len(list(daemon.storage.glob("*.sql.gz"))) == 1
@@ -282,7 +282,7 @@ def locked(server: PostgresForTest, url: str, table: str) -> Iterator[None]:
 def waiting_backup(serving: Serving) -> str:
     """The id of a run whose pg_dump waits."""
     run_id = str(serving.trigger({"type": "database"}).json()["runId"])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not any("pg_dump" in command for command in serving.processes().values()):
         assert time.monotonic() < deadline, serving.output
         time.sleep(0.1)
@@ -316,7 +316,7 @@ def test_stopped_while_a_backup_runs_or_killed_outright_no_run_stays_started(new
         serving.await_ready()
         assert serving.graphql(RUN_STATUS, id=lost)["runOrError"]["status"] == "STARTED"
         # It holds the target's one place in the queue until it is found.
-        following = serving.trigger({"type": "database"}, wait=100)
+        following = serving.trigger({"type": "database"}, wait=200)
         assert following.json()["status"] == "succeeded", following.text
         state = finished(serving, f"{serving.url}/api/backup/runs/{lost}")
         assert state["status"] == "failed"

@@ -235,7 +235,7 @@ def test_the_openapi_document_is_served_and_whole(web_only: Serving) -> None:
 # --- backups that run -----------------------------------------------------------------------------------------------
 
 
-def finished(kanbu: Serving, status_url: str, seconds: float = 60) -> dict[str, Any]:
+def finished(kanbu: Serving, status_url: str, seconds: float = 200) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         state: dict[str, Any] = requests.get(status_url, headers=BEARER, timeout=30).json()
@@ -274,7 +274,7 @@ def test_a_triggered_backup_is_the_schedules_and_lands(kanbu: Serving) -> None:
 
 
 def test_waiting_answers_with_the_end_and_with_202_when_the_time_is_up(kanbu: Serving) -> None:
-    ended = kanbu.trigger({"type": "database"}, wait=60)
+    ended = kanbu.trigger({"type": "database"}, wait=200)
     assert ended.status_code == 200, ended.text
     assert ended.json()["status"] == "succeeded"
     assert ended.json()["endedAt"] >= ended.json()["startedAt"]
@@ -288,7 +288,7 @@ def test_waiting_answers_with_the_end_and_with_202_when_the_time_is_up(kanbu: Se
 def test_a_backup_that_fails_while_waited_for_is_a_500_with_the_reason(kanbu: Serving) -> None:
     (kanbu.folder / ".env").write_text("DATABASE_URL=postgresql://nobody@127.0.0.1:1/nothing\nBACKUP_PG_MODE=direct\n")
     try:
-        answer = kanbu.trigger({"type": "database"}, wait=60)
+        answer = kanbu.trigger({"type": "database"}, wait=200)
     finally:
         (kanbu.folder / ".env").unlink()
     assert answer.status_code == 500
