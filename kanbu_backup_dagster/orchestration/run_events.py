@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from dagster import (
+    AssetCheckSeverity,
     AssetKey,
     AssetMaterialization,
     DagsterEvent,
@@ -157,7 +158,9 @@ def _take(ended: EndedRun, event: DagsterEvent) -> None:
     elif kind is DagsterEventType.ASSET_CHECK_EVALUATION:
         check = event.asset_check_evaluation_data
         metadata = check.metadata
-        if not check.passed and _type_of(check.asset_key) is not None and check.partition:
+        # A warning says that a file cannot be judged, not that it is bad.
+        bad = not check.passed and check.severity is AssetCheckSeverity.ERROR
+        if bad and _type_of(check.asset_key) is not None and check.partition:
             error = check.description or _text(metadata.get("error")) or f"The check {check.check_name} failed."
             ended.bad_checks[check.check_name, check.partition] = error
     elif kind is DagsterEventType.STEP_OUTPUT:
@@ -213,26 +216,23 @@ def _common(ended: EndedRun) -> dict[str, Any]:
 
 
 def _verdicts(ended: EndedRun) -> Iterator[VerificationFailed]:
-    checked = {filename: error for (check, filename), error in ended.bad_checks.items() if check != RESTORABLE}
-    for filename, error in checked.items():
+    """Each damaged file once, be it told by a check, by the failed step, or by both."""
+    damaged = {filename: error for (check, filename), error in ended.bad_checks.items() if check != RESTORABLE}
+    if ended.stored is not None and ended.verdict == "failed":
+        damaged.setdefault(str(ended.stored.partition), ended.reason)
+    for filename, error in damaged.items():
         name = parse_name(filename)
         if name is not None:
-            part = VerificationPart(type=name.type, filename=filename, is_encrypted=name.encrypted)
+            made = backup_part(ended) if ended.stored is not None and ended.stored.partition == filename else None
+            part = VerificationPart(
+                type=name.type,
+                filename=filename,
+                file_size=made.file_size if made else None,
+                is_encrypted=name.encrypted,
+                checksum=made.checksum if made else None,
+            )
             common = {**_common(ended), "key": f"{ended.run.run_id}/{filename}"}
             yield VerificationFailed(**common, verification=part, error=error)
-    if ended.stored is not None and ended.verdict == "failed" and str(ended.stored.partition) not in checked:
-        made = backup_part(ended)
-        yield VerificationFailed(
-            **_common(ended),
-            verification=VerificationPart(
-                type=made.type,
-                filename=made.filename,
-                file_size=made.file_size,
-                is_encrypted=made.is_encrypted,
-                checksum=made.checksum,
-            ),
-            error=ended.reason,
-        )
 
 
 def backup_part(ended: EndedRun) -> BackupPart:

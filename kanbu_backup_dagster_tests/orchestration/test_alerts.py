@@ -23,6 +23,7 @@ import time_machine
 from click.testing import CliRunner
 from dagster import (
     AssetCheckEvaluation,
+    AssetCheckSeverity,
     AssetKey,
     AssetMaterialization,
     DagsterInstance,
@@ -371,6 +372,14 @@ def test_ops_and_checks_tell_what_the_end_alone_does_not(instance: DagsterInstan
                 partition="kanbu_backup_2026-01-18T02-00-00.sql.gz",
             )
         )
+        unjudged = AssetCheckEvaluation(
+            asset_key=AssetKey("database_backup"),
+            check_name="verified",
+            passed=False,
+            severity=AssetCheckSeverity.WARN,
+            partition="kanbu_backup_2026-01-17T02-00-00.sql",
+        )
+        context.log_event(unjudged)
 
     @job(name="verify_pending_backups")
     def checking() -> None:
