@@ -21,6 +21,7 @@ from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.cli.arguments import open_backup
 from kanbu_backup_dagster.cli.main import cli
 from kanbu_backup_dagster.errors import KanbuError
+from kanbu_backup_dagster.restore.staging import find_staging
 from kanbu_backup_dagster.restore.swap import find_replaced
 from kanbu_backup_dagster.settings import dagster_home, is_secret, value_origins, variable_names
 from kanbu_backup_dagster.sources.postgres import Method, find_method
@@ -182,20 +183,21 @@ def _database_status(environment: Environment) -> dict[str, Any]:
         "server_version": state.server_version,
         "size_bytes": state.size_bytes,
         "tables": state.tables,
-        "replaced": _replaced(method, environment),
+        "left_by_restores": _left_by_restores(method, environment),
     }
 
 
-def _replaced(method: Method, environment: Environment) -> list[str]:
-    """Databases that restores replaced and that are still there."""
+def _left_by_restores(method: Method, environment: Environment) -> list[str]:
+    """Databases that restores replaced, or that killed ones were loading, and that are still there."""
     try:
         found = find_replaced(method.access, environment.settings)
+        staging = find_staging(method.access, environment.settings)
     except KanbuError as error:
         return [f"cannot be looked for: {error}"]
     return [
         f"{entry.name} was {entry.target} until {entry.at:%Y-%m-%d %H:%M} UTC; goes with the next verified backup"
         for entry in found
-    ]
+    ] + [f"{name} belongs to a restore under way; if there is none, the next restore removes it" for name in staging]
 
 
 def _encryption_status(environment: Environment) -> dict[str, Any]:

@@ -7,6 +7,7 @@ itself (`restore.drill`).
 # No `from __future__ import annotations` here: Dagster reads the annotations of ops as objects.
 
 import random
+import warnings
 from datetime import datetime, timezone
 from typing import Any
 
@@ -22,6 +23,7 @@ from dagster import (
     Config,
     MetadataValue,
     OpExecutionContext,
+    PreviewWarning,
     ResourceParam,
     asset_check,
     op,
@@ -45,6 +47,9 @@ from kanbu_backup_dagster.restore.drill import DrillResult, drill_server, lock_n
 from kanbu_backup_dagster.restore.drill import drill as drill_backup
 from kanbu_backup_dagster.restore.plan import RestoreRequest, judge_file
 from kanbu_backup_dagster.schedule_file import load_schedule_file
+
+# Checks of one partition are a preview in Dagster 1.13; a user can do nothing about that.
+warnings.filterwarnings("ignore", message="Specifying a partitions_def", category=PreviewWarning)
 
 RESTORE_DRILL = AssetKey("restore_drill")
 RESTORABLE = "restorable"

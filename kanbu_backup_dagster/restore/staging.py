@@ -25,7 +25,7 @@ from kanbu_backup_dagster.backup.stages import decompress
 from kanbu_backup_dagster.errors import CorruptBackupError, RestoreError, SourceError
 from kanbu_backup_dagster.restore.server import UNHINDERED, Database, Server, find_databases, run, run_in
 from kanbu_backup_dagster.settings import Settings
-from kanbu_backup_dagster.sources.commands import Process, query, quote_identifier, quote_literal
+from kanbu_backup_dagster.sources.commands import Process, ServerAccess, query, quote_identifier, quote_literal
 from kanbu_backup_dagster.storage.protocol import Storage
 
 _PREFIX = "kanbu_staging_"
@@ -46,6 +46,16 @@ _SESSION = f"{UNHINDERED} SET synchronous_commit = off;"
 def staging_prefix(target: str) -> str:
     """How names of staging databases for the database `target` begin."""
     return f"{_PREFIX}{hashlib.sha256(target.encode()).hexdigest()[:8]}_"
+
+
+def find_staging(access: ServerAccess, settings: Settings) -> list[str]:
+    """The staging databases on a server: of restores under way, or left by killed ones.
+
+    Raises:
+        SourceError: It cannot be asked.
+    """
+    sql = f"SELECT datname FROM pg_database WHERE starts_with(datname, '{_PREFIX}') ORDER BY datname"
+    return [row["datname"] for row in query(access, settings, sql)]
 
 
 def new_staging_name(target: str) -> str:

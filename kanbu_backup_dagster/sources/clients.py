@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from kanbu_backup_dagster.errors import SourceError
@@ -80,6 +81,15 @@ def find_clients() -> list[ClientPrograms]:
 
 
 def _version_of(program: Path) -> str | None:
+    try:
+        return _ask_version(program, program.stat().st_mtime_ns)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=64)
+def _ask_version(program: Path, modified: int) -> str | None:
+    """Asked once for each state of the program: a long-lived process sees an update, and starts nothing in vain."""
     try:
         said = subprocess.run(
             [program, "--version"], capture_output=True, text=True, timeout=_VERSION_TIMEOUT_SECONDS, check=False

@@ -17,11 +17,13 @@ from dagster import AssetKey, DagsterInstance, DagsterRunStatus
 
 from kanbu_backup_dagster.backup.catalog import Catalog
 from kanbu_backup_dagster.backup.manifest import Trigger, VerificationStatus
+from kanbu_backup_dagster.cli.inspect import status
 from kanbu_backup_dagster.cli.restore import restore
 from kanbu_backup_dagster.errors import BusyError, KanbuError, RestoreError
 from kanbu_backup_dagster.orchestration.dagster_home import open_instance
 from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
 from kanbu_backup_dagster.orchestration.target_lock import Holder, open_locks, storage_name
+from kanbu_backup_dagster.restore.staging import staging_prefix
 from kanbu_backup_dagster_tests.restore.conftest import Bench, in_each_mode
 
 SLEEPING_DUMP = b"""CREATE TABLE t (n integer);
@@ -83,6 +85,10 @@ def test_a_restore_saves_loads_checks_swaps_and_tells(sealed_bench: Bench) -> No
     assert saved.database is not None
     assert saved.database.rows["public.newer"] == 1
     assert bench.sql("SELECT n FROM newer", told["replaced_database"]) == "7\n"
+    bench.postgres.server.psql(f"CREATE DATABASE {staging_prefix(bench.name)}00000000")
+    left = json.loads(CliRunner().invoke(status, ["--json"]).stdout)["database"]["left_by_restores"]
+    assert [line.split()[0] for line in left] == [told["replaced_database"], f"{staging_prefix(bench.name)}00000000"]
+    bench.postgres.server.psql(f"DROP DATABASE {staging_prefix(bench.name)}00000000")
     # The restored database's first verified backup lets go of it.
     assert run_job("database_backup").success
     assert bench.databases() == {bench.name}
