@@ -1,17 +1,14 @@
-"""Docker mode: a dump read out of a container, against Docker's own command line and against the SDK's stream.
+"""Docker mode: a dump read out of a container, against Docker's own command line.
 
 Needs what the tests of docker mode need: root, docker.io, and Debian's PostgreSQL.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
 import sys
 import time
-
-import docker
 
 from benchmarks.measuring import RATIO_HEADER, Report, interleaved, process
 from kanbu_backup_dagster.sources.docker_exec import ExecProcess
@@ -50,7 +47,6 @@ def _compare(title: str, engine: DockerEngine, container: str, command: list[str
         {
             "docker mode": lambda: _ours(container, command)[0],
             "docker exec": lambda: process(engine.command_line("exec", container, *command)).seconds,
-            "the SDK's stream": lambda: _by_the_sdk(container, command),
         }
     )
     speed = f"{size / statistics.median(seconds['docker mode']) / 1e6:.0f} MB/s"
@@ -58,7 +54,6 @@ def _compare(title: str, engine: DockerEngine, container: str, command: list[str
     what = f"`{command[0]}` in docker mode, {speed}"
     # At least 0.8 of the command line's speed.
     report.ratio(what, "`docker exec ... > /dev/null`", seconds["docker mode"], seconds["docker exec"], 1 / 0.8)
-    report.ratio(what, "the SDK's stream", seconds["docker mode"], seconds["the SDK's stream"], 1 / 0.8)
     return report
 
 
@@ -70,11 +65,3 @@ def _ours(container: str, command: list[str]) -> tuple[float, int]:
         status = program.wait()
     assert status == 0, program.stderr
     return time.perf_counter() - begun, size
-
-
-def _by_the_sdk(container: str, command: list[str]) -> float:
-    begun = time.perf_counter()
-    with contextlib.closing(docker.DockerClient.from_env()) as client:
-        for _ in client.containers.get(container).exec_run(command, stream=True, demux=True).output:
-            continue
-    return time.perf_counter() - begun
