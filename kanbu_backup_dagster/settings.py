@@ -98,6 +98,11 @@ class Settings(BaseSettings):
     encryption_key: SecretStr | None = Field(
         None, alias="BACKUP_ENCRYPTION_KEY", description="64 hex characters or a passphrase; turns encryption on"
     )
+    encryption_key_previous: SecretStr | None = Field(
+        None,
+        alias="BACKUP_ENCRYPTION_KEY_PREVIOUS",
+        description='former keys, for reading: one as it is, several as ["one","another"]',
+    )
     scheduler_mode: SchedulerMode = Field(
         SchedulerMode.INTERNAL, alias="BACKUP_SCHEDULER_MODE", description="internal, external or both"
     )

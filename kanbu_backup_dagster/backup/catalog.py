@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 
 from kanbu_backup_dagster.backup.keys import Keyring
 from kanbu_backup_dagster.backup.manifest import Manifest, Verification, VerificationStatus, parse_manifest
 from kanbu_backup_dagster.backup.names import BackupName, BackupType, parse_name, require_name
+from kanbu_backup_dagster.backup.stages import IV_BYTES
 from kanbu_backup_dagster.errors import BackupNotFoundError, CorruptBackupError, EncryptionKeyError
 from kanbu_backup_dagster.storage.protocol import Storage, StoredFile
 
@@ -124,7 +126,11 @@ class Catalog:
         if content is None:
             return Backup(file, name)
         try:
-            return Backup(file, name, parse_manifest(file.name, content, self._keys))
+            manifest = parse_manifest(file.name, content, self._keys)
+            if manifest.rotation is not None:
+                with closing(self._storage.read(file.name, chunk_bytes=IV_BYTES)) as chunks:  # type: ignore[type-var]
+                    manifest = manifest.of_file_beginning(next(chunks, b""))
+            return Backup(file, name, manifest)
         except CorruptBackupError as error:
             return Backup(file, name, problem=str(error))
 
@@ -137,33 +143,43 @@ class Catalog:
             EncryptionKeyError: It was sealed with a key that is not set: without it nothing can be changed, since the
                 new one would have no seal, or the seal of a key that never proved the old one.
         """
-        backup = self.get(filename)
-        if backup.manifest is None:
-            raise CorruptBackupError(
-                backup.problem or f"{filename} has no manifest.", advice="`kanbu-backup adopt` gives a file one."
-            )
-        sealed_by = backup.manifest.sealed_by
-        if sealed_by is not None and (self._keys.current is None or sealed_by not in self._keys.ids):
-            raise EncryptionKeyError(
-                f"The manifest of {filename} is sealed with key {sealed_by}, which is not set; it stays as it is.",
-                advice="Set BACKUP_ENCRYPTION_KEY to the key the backup was made with.",
-            )
-        manifest = change(backup.manifest)
-        self._storage.replace_sidecar(filename, self.sealed(manifest))
-        return manifest
+        while True:
+            before = self._storage.read_sidecar(filename)
+            backup = self.get(filename)
+            if backup.manifest is None:
+                raise CorruptBackupError(
+                    backup.problem or f"{filename} has no manifest.", advice="`kanbu-backup adopt` gives a file one."
+                )
+            sealed_by = backup.manifest.sealed_by
+            if sealed_by is not None and (self._keys.current is None or sealed_by not in self._keys.ids):
+                raise EncryptionKeyError(
+                    f"The manifest of {filename} is sealed with key {sealed_by}, which is not set; it stays as it is.",
+                    advice="Set BACKUP_ENCRYPTION_KEY to the key the backup was made with.",
+                )
+            manifest = change(backup.manifest)
+            # What another process wrote meanwhile is not written over, but amended.
+            if self._storage.replace_sidecar(filename, self.sealed(manifest), expected=before):
+                return manifest
 
     def record_verdict(self, backup: Backup, verdict: Verification) -> bool:
         """Write a verdict to the backup's manifest.
 
         Returns:
-            Whether it could be: not where there is no manifest that can be trusted, nor without the key that sealed it.
+            Whether it could be: not where there is no manifest that can be trusted, nor without the key that sealed it,
+            nor when the file's bytes are no longer those that were judged (its key was rotated meanwhile).
 
         Raises:
             BackupNotFoundError: The file was deleted meanwhile.
             StorageError: The storage cannot be written.
         """
+
+        def judged(manifest: Manifest) -> Manifest:
+            if backup.manifest is None or manifest.stored_sha256 != backup.manifest.stored_sha256:
+                raise CorruptBackupError(f"{backup.filename} is no longer the file that was judged.")
+            return manifest.model_copy(update={"verification": verdict})
+
         try:
-            self.amend(backup.filename, lambda manifest: manifest.model_copy(update={"verification": verdict}))
+            self.amend(backup.filename, judged)
         except (CorruptBackupError, EncryptionKeyError):
             return False
         return True

@@ -10,6 +10,7 @@ key.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,6 +25,7 @@ PASSPHRASE_SALT = b"kanbu-backup-encryption-salt-v1"
 PASSPHRASE_ITERATIONS = 100_000
 KEY_BYTES = 32
 
+PREVIOUS = "BACKUP_ENCRYPTION_KEY_PREVIOUS"
 NO_KEY = "Backup is encrypted but BACKUP_ENCRYPTION_KEY is not set"
 
 
@@ -43,8 +45,11 @@ class EncryptionKey:
 
 
 @lru_cache(maxsize=16)
-def derive_key(text: str) -> EncryptionKey:
-    """The key that `text`, the value of a variable, stands for.
+def derive_key(text: str, variable: str = "BACKUP_ENCRYPTION_KEY") -> EncryptionKey:
+    """The key that `text` stands for.
+
+    Args:
+        variable: Where it comes from, for the message.
 
     Raises:
         EncryptionKeyError: `text` cannot be a key.
@@ -55,10 +60,10 @@ def derive_key(text: str) -> EncryptionKey:
         try:
             passphrase = text.encode()
         except UnicodeEncodeError:
-            raise EncryptionKeyError("BACKUP_ENCRYPTION_KEY is not valid UTF-8.") from None
+            raise EncryptionKeyError(f"{variable} is not valid UTF-8.") from None
         if not text.strip():
             raise EncryptionKeyError(
-                "BACKUP_ENCRYPTION_KEY holds only white space.",
+                f"{variable} holds only white space.",
                 advice="Set it to 64 hex characters (`openssl rand -hex 32`) or a passphrase, or remove it.",
             )
         secret = hashlib.pbkdf2_hmac("sha256", passphrase, PASSPHRASE_SALT, PASSPHRASE_ITERATIONS, KEY_BYTES)
@@ -116,8 +121,9 @@ class Keyring:
             if key.key_id == key_id:
                 return key
         raise EncryptionKeyError(
-            f"The backup was encrypted with key {key_id}, and the key that is set is {self.all[0].key_id}.",
-            advice="Set BACKUP_ENCRYPTION_KEY to the key the backup was made with.",
+            f"The backup was encrypted with key {key_id}; set {'are' if self.previous else 'is'} "
+            f"{', '.join(key.key_id for key in self.all)}.",
+            advice=f"Set BACKUP_ENCRYPTION_KEY, or {PREVIOUS} beside it, to the key the backup was made with.",
         )
 
 
@@ -127,5 +133,23 @@ def load_keyring(settings: Settings) -> Keyring:
     Raises:
         EncryptionKeyError: A key is malformed.
     """
-    text = settings.secret("encryption_key")
-    return Keyring(derive_key(text) if text else None)
+    text, previous = settings.secret("encryption_key"), settings.secret("encryption_key_previous")
+    current = derive_key(text) if text else None
+    older = dict.fromkeys(derive_key(one, PREVIOUS) for one in _previous_keys(previous or ""))
+    return Keyring(current, tuple(key for key in older if key != current))
+
+
+def _previous_keys(text: str) -> list[str]:
+    """One key as it is; several as JSON, since a passphrase may hold any character that could stand between two."""
+    if not text.startswith("["):
+        return [text] if text else []
+    try:
+        keys = json.loads(text)
+    except ValueError:
+        keys = None
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise EncryptionKeyError(
+            f"{PREVIOUS} begins with `[` and is not a JSON list of texts.",
+            advice='Several keys are written ["one","another"], with " and \\ in a key as \\" and \\\\.',
+        )
+    return keys

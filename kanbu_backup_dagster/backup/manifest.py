@@ -137,6 +137,20 @@ class SourceFacts(_Part):
     git_commit: str | None = None
 
 
+class Rotation(_Part):
+    """The same content under another key, while it takes the file's place: which of the two is there, its IV tells.
+
+    Attributes:
+        iv: The first 16 bytes of the file under the new key, in hex.
+        key_id: That key.
+        stored_sha256: Of that file.
+    """
+
+    iv: str
+    key_id: str
+    stored_sha256: str
+
+
 class Manifest(_Part):
     """All that is known of one backup file. Sizes in bytes, times aware (UTC in JSON), hashes in lower-case hex.
 
@@ -147,6 +161,7 @@ class Manifest(_Part):
         retention: The policy of the schedule that made it.
         held: Pinned against every retention rule.
         proven_at: When a drill last restored it.
+        rotation: While the file is being replaced by the same content under another key; None otherwise.
         seal: Id of the key and HMAC-SHA256 over everything else under its seal key, as `id:hex`; None without a key.
     """
 
@@ -173,12 +188,19 @@ class Manifest(_Part):
     verification: Verification = Verification()
     held: bool = False
     proven_at: Moment | None = None
+    rotation: Rotation | None = None
     seal: str | None = None
 
     @property
     def sealed_by(self) -> str | None:
         """The id of the key that sealed it."""
         return self.seal.partition(":")[0] if self.seal is not None else None
+
+    def of_file_beginning(self, head: bytes) -> Manifest:
+        """The manifest of the file that begins with `head` (16 bytes), where a rotation was under way."""
+        if self.rotation is None or head.hex() != self.rotation.iv:
+            return self
+        return self.model_copy(update={"key_id": self.rotation.key_id, "stored_sha256": self.rotation.stored_sha256})
 
     def to_json(self, key: EncryptionKey | None) -> bytes:
         """The manifest as JSON for people and programs, sealed with `key` where there is one."""

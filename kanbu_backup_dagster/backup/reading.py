@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 from kanbu_backup_dagster.backup.catalog import Backup
-from kanbu_backup_dagster.backup.keys import Keyring
+from kanbu_backup_dagster.backup.keys import EncryptionKey, Keyring
 from kanbu_backup_dagster.backup.stages import decrypt_unverified
 from kanbu_backup_dagster.errors import CorruptBackupError
 from kanbu_backup_dagster.storage.protocol import Storage
@@ -44,7 +44,7 @@ def content(backup: Backup, storage: Storage, keys: Keyring) -> Iterator[bytes]:
     manifest = backup.manifest
     if manifest is None and backup.problem is not None:
         raise CorruptBackupError(backup.problem)
-    key = keys.reading(manifest.key_id if manifest else None) if backup.name.encrypted else None
+    key = key_of(backup, storage, keys)
     content_hash = hashlib.sha256()
     with closing(storage.read(backup.filename)) as stored:  # type: ignore[type-var]  # a generator can be closed
         for chunk in decrypt_unverified(stored, key) if key else stored:
@@ -54,6 +54,36 @@ def content(backup: Backup, storage: Storage, keys: Keyring) -> Iterator[bytes]:
         raise CorruptBackupError(
             f"Checksum mismatch: {backup.filename} is not what was dumped.", advice="Try a different backup."
         )
+
+
+def key_of(backup: Backup, storage: Storage, keys: Keyring) -> EncryptionKey | None:
+    """The key to read the backup with; None when it is not encrypted.
+
+    A file without a manifest does not say. Where there are several keys, it is read through with one after the other,
+    until the tag at its end fits.
+
+    Raises:
+        EncryptionKeyError: Its key is not set.
+        CorruptBackupError: No manifest, and no key fits.
+    """
+    if not backup.name.encrypted:
+        return None
+    if backup.manifest is not None:
+        return keys.reading(backup.manifest.key_id)
+    first = keys.reading(None)
+    if len(keys.all) == 1:
+        return first
+    for key in keys.all:
+        try:
+            with closing(storage.read(backup.filename)) as stored:  # type: ignore[type-var]  # a generator can be closed
+                deque(decrypt_unverified(stored, key), maxlen=0)
+        except CorruptBackupError:
+            continue
+        return key
+    raise CorruptBackupError(
+        f"Checksum mismatch: {backup.filename} fits none of the {len(keys.all)} keys that are set; it is damaged, cut "
+        "short, or of another key."
+    )
 
 
 def _counted(chunks: Iterator[bytes], on_bytes: Callable[[int], None]) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.content_check import compare_content, read_through
 from kanbu_backup_dagster.backup.keys import EncryptionKey, Keyring
 from kanbu_backup_dagster.backup.manifest import Manifest, Verification, VerificationStatus
+from kanbu_backup_dagster.backup.reading import key_of
 from kanbu_backup_dagster.backup.stages import decrypt_unverified
 from kanbu_backup_dagster.errors import CorruptBackupError, EncryptionKeyError
 from kanbu_backup_dagster.storage.protocol import Storage
@@ -85,8 +86,8 @@ def verify(
 
 
 def _read_legacy(backup: Backup, storage: Storage, keys: Keyring, on_bytes: Callable[[int], None]) -> Verification:
-    key = keys.reading(None) if backup.name.encrypted else None
     try:
+        key = key_of(backup, storage, keys)
         read_through(backup.name, _plain(_counted(storage.read(backup.filename), on_bytes), key))
     except CorruptBackupError as error:
         return _verdict(VerificationStatus.FAILED, error.message)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.environment import Environment, load_environment
-from kanbu_backup_dagster.backup.keys import likely_mistake
+from kanbu_backup_dagster.backup.keys import Keyring, likely_mistake
 from kanbu_backup_dagster.backup.manifest import VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.cli.arguments import open_backup
@@ -53,18 +53,28 @@ def list_backups(backup_type: str | None, as_json: bool) -> None:
     for backup in backups:
         manifest = backup.manifest
         rows = f"{sum(manifest.database.rows.values()):,}" if manifest and manifest.database else ""
-        key = (manifest.key_id if manifest else "unknown key") if backup.name.encrypted else "not encrypted"
         style = _STATUS_STYLE[backup.status]
         table.add_row(
             backup.filename,
             _age(backup.created_at),
             f"{backup.file.size:,}",
             rows,
-            key,
+            _key(backup, environment.keys),
             f"[{style}]{backup.status.value}[/]",
             _age(manifest.proven_at) if manifest and manifest.proven_at else "",
         )
     _print_wide(table)
+
+
+def _key(backup: Backup, keys: Keyring) -> str:
+    if not backup.name.encrypted:
+        return "not encrypted"
+    if backup.manifest is None:
+        return "unknown key"
+    needed = backup.manifest.key_id
+    if keys.current is not None and keys.current.key_id == needed:
+        return str(needed)
+    return f"{needed} ({'previous' if needed in {key.key_id for key in keys.previous} else 'not set'})"
 
 
 def _print_wide(table: Table) -> None:
@@ -202,10 +212,12 @@ def _left_by_restores(method: Method, environment: Environment) -> list[str]:
 
 def _encryption_status(environment: Environment) -> dict[str, Any]:
     key = environment.keys.current
+    former = [previous.key_id for previous in environment.keys.previous]
+    facts: dict[str, Any] = {"previous_key_ids": former} if former else {}
     if key is None:
-        return {"on": False, "warning": "BACKUP_ENCRYPTION_KEY is not set: backups are not encrypted."}
+        return {"on": False, "warning": "BACKUP_ENCRYPTION_KEY is not set: backups are not encrypted.", **facts}
     mistake = likely_mistake(environment.settings.secret("encryption_key") or "")
-    return {"on": True, "key_id": key.key_id, **({"warning": mistake} if mistake else {})}
+    return {"on": True, "key_id": key.key_id, **({"warning": mistake} if mistake else {}), **facts}
 
 
 def _counts(environment: Environment) -> dict[str, Any]:

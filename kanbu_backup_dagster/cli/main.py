@@ -51,6 +51,7 @@ def main() -> None:
         backups,
         inspect,
         restore,
+        rotate,
         schedules,
         serve,
         verify,

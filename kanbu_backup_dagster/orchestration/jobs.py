@@ -10,6 +10,7 @@ from kanbu_backup_dagster.orchestration import (
     drill_ops,
     restore_ops,
     restore_source_ops,
+    rotate_ops,
     tags,
     verify_ops,
 )
@@ -72,11 +73,23 @@ def verify_pending_backups() -> None:
     verify_ops.verify_many()
 
 
+@job(
+    name=tags.ROTATE_KEYS,
+    description="Puts backups that need a former key under the current one, a file at a time: what is killed half-way "
+    "can be read, and goes on when run again. `dry_run` only tells.",
+    tags={tags.TARGET: "keys"},
+    executor_def=in_process_executor,
+)
+def rotate_keys() -> None:
+    rotate_ops.rotate()
+
+
 JOBS = [
     database_backup,
     restore_database,
     restore_drill,
     restore_source,
+    rotate_keys,
     test_webhook,
     verify_backup,
     verify_pending_backups,

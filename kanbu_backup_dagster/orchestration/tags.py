@@ -13,4 +13,5 @@ DATABASE = "kanbu/database"
 
 # The one job whose runs make a backup on the way.
 RESTORE_DATABASE = "restore_database"
+ROTATE_KEYS = "rotate_keys"
 SECOND_ATTEMPT_OF = "kanbu/second_attempt_of"

@@ -81,6 +81,8 @@ def judge(
     register = Register.of_run(context)
     holder = Holder.now(context.job_name, context.run_id)
     with open_locks().hold(storage_name(loaded.storage), holder, exclusive=False, wait_seconds=_LOCK_PATIENCE_SECONDS):
+        # Its key may have been rotated while the lock was waited for.
+        backup = loaded.catalog.get(backup.filename)
         if not register.knows(backup):
             register.add(backup, loaded.storage.path(backup.filename))
         begun = time.monotonic()

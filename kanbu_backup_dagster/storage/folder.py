@@ -50,6 +50,12 @@ class FolderStorage:
     def location(self) -> str:
         return str(self._folder)
 
+    @property
+    def replaces_in_one_step(self) -> bool:
+        mount = mount_of(self._folder)
+        # rclone renames over a file by deleting that first, where the remote can do no better.
+        return mount is None or mount.fstype != "fuse.rclone"
+
     def prepare(self, *, known_mark: str | None = None, needed_bytes: int = 0) -> str:
         mark = self._read_mark()
         if mark is None and known_mark is not None:
@@ -148,15 +154,7 @@ class FolderStorage:
 
     def read(self, name: str, *, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
         with self._translated("read"):
-            handle = os.open(self._entry(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                # What is read back must come from the medium. The file was synced, so its pages are clean and go.
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                while chunk := os.read(handle, chunk_bytes):
-                    yield chunk
-            finally:
-                os.close(handle)
+            yield from _from_the_medium(self._entry(name), chunk_bytes)
 
     def read_sidecar(self, name: str) -> bytes | None:
         with self._translated("read"):
@@ -165,15 +163,18 @@ class FolderStorage:
             except FileNotFoundError:
                 return None
 
-    def replace_sidecar(self, name: str, content: bytes) -> None:
+    def replace_sidecar(self, name: str, content: bytes, *, expected: bytes | None = None) -> bool:
         temporary = self._folder / f"{_SIDECAR_TEMPORARY}{secrets.token_hex(8)}{_PART_SUFFIX}"
         with self._translated("write to"), self._locked():
+            if expected is not None and self._sidecar(name).read_bytes() != expected:
+                return False
             try:
                 _write_new(temporary, content)
                 temporary.replace(self._sidecar(name))
             finally:
                 temporary.unlink(missing_ok=True)
             _sync_folder(self._folder)
+            return True
 
     def delete(self, name: str) -> None:
         with self._translated("delete from"), self._locked():
@@ -295,23 +296,42 @@ class _IncomingFile:
             self._flush = self._flusher.submit(os.fdatasync, self._handle)
 
     def commit(self, names: Iterator[str], sidecar: Callable[[str], bytes]) -> str:
-        assert self._handle is not None
         storage = self._storage
         with storage._translated("write to"), storage._locked():
-            size = os.fstat(self._handle).st_size
-            if size != self._written:
-                raise storage._inaccessible(
-                    f"{size:,} bytes arrived in {storage.location} of {self._written:,} written."
-                )
-            if self._flush is not None:
-                self._flush.result()
-            os.fsync(self._handle)
+            self._make_lasting()
             for name in names:
                 if self._claim_and_name(name, sidecar):
                     break
             _sync_folder(storage._folder)
         self.discard()
         return name
+
+    def read_back(self) -> Iterator[bytes]:
+        with self._storage._translated("read back from"):
+            self._make_lasting()
+            yield from _from_the_medium(self._part, 1 << 20)
+
+    def replace(self, name: str) -> None:
+        storage = self._storage
+        with storage._translated("write to"), storage._locked():
+            self._make_lasting()
+            final = storage._entry(name)
+            if not os.path.lexists(final):
+                raise storage._inaccessible(f"{name} was deleted from {storage.location} meanwhile.")
+            self._part.replace(final)
+            _sync_folder(storage._folder)
+        self.discard()
+
+    def _make_lasting(self) -> None:
+        assert self._handle is not None
+        size = os.fstat(self._handle).st_size
+        if size != self._written:
+            raise self._storage._inaccessible(
+                f"{size:,} bytes arrived in {self._storage.location} of {self._written:,} written."
+            )
+        if self._flush is not None:
+            self._flush.result()
+        os.fsync(self._handle)
 
     def _claim_and_name(self, name: str, sidecar: Callable[[str], bytes]) -> bool:
         final, beside = self._storage._entry(name), self._storage._sidecar(name)
@@ -354,6 +374,18 @@ def _write_new(path: Path, content: bytes) -> None:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def _from_the_medium(path: Path, chunk_bytes: int) -> Iterator[bytes]:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        # What is read back must come from the medium. The file was synced, so its pages are clean and go.
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while chunk := os.read(handle, chunk_bytes):
+            yield chunk
+    finally:
+        os.close(handle)
 
 
 def _rename_exclusively(part: Path, final: Path) -> None:

@@ -40,6 +40,13 @@ class Incoming(Protocol):
         commits, sync of the folder. Nothing that exists is overwritten.
         """
 
+    def read_back(self) -> Iterator[bytes]:
+        """All that was written, made lasting and read from the medium; nothing may be written after it."""
+
+    def replace(self, name: str) -> None:
+        """Put the file, made lasting, in the place of the existing file `name`, in one step: whoever opens that finds
+        the one or the other, whole, also after a crash. Its sidecar stays as it is."""
+
 
 class Storage(Protocol):
     """A place that keeps backup files."""
@@ -51,6 +58,10 @@ class Storage(Protocol):
     @property
     def settles_at_once(self) -> bool:
         """Whether a committed file is where it will stay. False: it may still be on its way (an upload in a cache)."""
+
+    @property
+    def replaces_in_one_step(self) -> bool:
+        """Whether `Incoming.replace` can be asked for here."""
 
     def prepare(self, *, known_mark: str | None = None, needed_bytes: int = 0) -> str:
         """Check that files can be written, and give the storage's mark (made on first use).
@@ -78,8 +89,15 @@ class Storage(Protocol):
     def read_sidecar(self, name: str) -> bytes | None:
         """The sidecar of the file `name`, or None when it has none."""
 
-    def replace_sidecar(self, name: str, content: bytes) -> None:
-        """Replace the sidecar of the file `name` in one step."""
+    def replace_sidecar(self, name: str, content: bytes, *, expected: bytes | None = None) -> bool:
+        """Replace the sidecar of the file `name` in one step.
+
+        Args:
+            expected: Replace it only if it still is this.
+
+        Returns:
+            Whether it was replaced.
+        """
 
     def delete(self, name: str) -> None:
         """Remove the file, then its sidecar: a crash between the two leaves no file that looks whole and is not."""

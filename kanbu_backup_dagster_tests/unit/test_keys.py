@@ -7,8 +7,9 @@ import pickle
 
 import pytest
 
-from kanbu_backup_dagster.backup.keys import Keyring, derive_key, likely_mistake
+from kanbu_backup_dagster.backup.keys import Keyring, derive_key, likely_mistake, load_keyring
 from kanbu_backup_dagster.errors import EncryptionKeyError
+from kanbu_backup_dagster.settings import Settings, is_secret
 
 HEX = "0123456789abcdef" * 4
 
@@ -47,6 +48,30 @@ def test_reading_chooses_by_id() -> None:
         ring.reading("feed")
     with pytest.raises(EncryptionKeyError, match=r"^Backup is encrypted but BACKUP_ENCRYPTION_KEY is not set"):
         Keyring().reading(None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", []),
+        ("one, with a comma", ["one, with a comma"]),
+        ('["one", "two \\" three"]', ["one", 'two " three']),
+        (f'["{HEX}"]', [HEX]),
+        ('["current", "one", "one"]', ["one"]),
+        ("[]", []),
+    ],
+)
+def test_former_keys_are_one_as_it_is_or_several_as_json(text: str, expected: list[str]) -> None:
+    ring = load_keyring(Settings.model_validate({"encryption_key": "current", "encryption_key_previous": text}))
+    assert ring == Keyring(derive_key("current"), tuple(derive_key(key) for key in expected))
+    assert is_secret("encryption_key_previous")
+
+
+@pytest.mark.parametrize("text", ['["s3cret"', '["s3cret", 1]', "[s3cret]", '["s3cret", " "]', "  "])
+def test_former_keys_that_cannot_be_used_are_refused_without_repeating_them(text: str) -> None:
+    with pytest.raises(EncryptionKeyError, match="BACKUP_ENCRYPTION_KEY_PREVIOUS") as caught:
+        load_keyring(Settings.model_validate({"encryption_key_previous": text}))
+    assert "s3cret" not in str(caught.value)
 
 
 def test_an_error_survives_pickling() -> None:
