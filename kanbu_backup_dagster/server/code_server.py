@@ -55,7 +55,8 @@ def target(socket: Path) -> GrpcServerTarget:
 
 def write_workspace(file: Path, socket: Path) -> None:
     """The same as a workspace file, for Dagster's own programs."""
-    entry = {"host": "localhost", "socket": str(socket), "location_name": LOCATION}
+    # `ssl` too: Dagster files ticks under the whole address, so the UI shows those of an address equal to its own.
+    entry = {"host": "localhost", "socket": str(socket), "location_name": LOCATION, "ssl": False}
     file.write_text(json.dumps({"load_from": [{"grpc_server": entry}]}), "utf-8")  # JSON is YAML
 
 

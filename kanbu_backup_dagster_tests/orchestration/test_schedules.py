@@ -21,6 +21,7 @@ from dagster import (
     RunRequest,
     build_schedule_context,
 )
+from dagster._core.workspace.load_target import WorkspaceFileTarget
 from dagster._utils.schedules import schedule_execution_time_iterator
 
 from kanbu_backup_dagster.cli import schedules as _registered  # noqa: F401
@@ -33,6 +34,7 @@ from kanbu_backup_dagster.orchestration.jobs import JOBS
 from kanbu_backup_dagster.orchestration.schedule_asset import SCHEDULE_FILE
 from kanbu_backup_dagster.orchestration.schedules import schedule_name, why_not
 from kanbu_backup_dagster.schedule_file import Schedule, next_runs
+from kanbu_backup_dagster.server import code_server
 from kanbu_backup_dagster_tests.server.serving import PASSWORD, new_serving
 
 FILE = Path("kanbu_backup.yaml")
@@ -242,6 +244,16 @@ def eventually(condition: Callable[[], Any], seconds: float) -> Any:
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.2)
     return found
+
+
+def test_web_server_and_daemon_know_the_code_server_by_one_address(tmp_path: Path) -> None:
+    """Dagster files ticks under it: with two, the UI would show none of those that the daemon made."""
+    socket = tmp_path / "code-server.sock"
+    code_server.write_workspace(tmp_path / "workspace.yaml", socket)
+    [daemons] = WorkspaceFileTarget([str(tmp_path / "workspace.yaml")]).create_origins()
+    [webs] = code_server.target(socket).create_origins()
+    assert daemons == webs
+    assert daemons.get_id() == webs.get_id()
 
 
 _SCHEDULES = """
