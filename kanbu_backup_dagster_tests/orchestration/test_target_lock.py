@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,18 +17,26 @@ from dagster import build_init_resource_context
 
 from kanbu_backup_dagster.errors import BusyError
 from kanbu_backup_dagster.orchestration.run_scope import RunScope, run_scope
-from kanbu_backup_dagster.orchestration.target_lock import FolderLocks, Holder, open_locks
+from kanbu_backup_dagster.orchestration.target_lock import FolderLocks, Holder, Locks, PostgresLocks, open_locks
+from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
 
 BACKUP = Holder.now("database_backup", "run-of-backup")
 RESTORE = Holder.now("restore_database", "run-of-restore")
 
 
-@pytest.fixture
-def locks(tmp_path: Path) -> FolderLocks:
-    return FolderLocks(tmp_path / "locks")
+@pytest.fixture(
+    params=["folder", pytest.param("postgresql", marks=pytest.mark.real("postgresql"))],
+    autouse=True,
+)
+def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Locks:
+    """The locks of Dagster's home, then those of its PostgreSQL."""
+    if request.param == "postgresql":
+        server = request.getfixturevalue("newest_postgres")
+        monkeypatch.setenv("DAGSTER_POSTGRES_URL", server.tcp_url(server.database()))
+    return open_locks()
 
 
-def test_backups_share_a_target_and_a_restore_names_each_of_them(locks: FolderLocks) -> None:
+def test_backups_share_a_target_and_a_restore_names_each_of_them(locks: Locks) -> None:
     with locks.hold("kanbu", BACKUP, exclusive=False), locks.hold("kanbu", Holder.now("b", "second"), exclusive=False):
         with pytest.raises(BusyError) as busy, locks.hold("kanbu", RESTORE, exclusive=True):
             pass
@@ -37,7 +46,7 @@ def test_backups_share_a_target_and_a_restore_names_each_of_them(locks: FolderLo
         pass
 
 
-def test_a_restore_shuts_everybody_out_of_its_target_and_of_no_other(locks: FolderLocks) -> None:
+def test_a_restore_shuts_everybody_out_of_its_target_and_of_no_other(locks: Locks) -> None:
     with locks.hold("kanbu", RESTORE, exclusive=True):
         for exclusive in (False, True):
             with pytest.raises(BusyError, match="run-of-restore"), locks.hold("kanbu", BACKUP, exclusive=exclusive):
@@ -46,7 +55,7 @@ def test_a_restore_shuts_everybody_out_of_its_target_and_of_no_other(locks: Fold
             pass
 
 
-def test_waiting_ends_when_the_holder_leaves(locks: FolderLocks) -> None:
+def test_waiting_ends_when_the_holder_leaves(locks: Locks) -> None:
     release = threading.Event()
     held = threading.Event()
 
@@ -65,30 +74,48 @@ def test_waiting_ends_when_the_holder_leaves(locks: FolderLocks) -> None:
     thread.join()
 
 
-def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
+def test_a_killed_holder_holds_nothing(locks: Locks) -> None:
     program = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from kanbu_backup_dagster.orchestration.target_lock import FolderLocks, Holder\n"
-        "with FolderLocks(Path(sys.argv[1])).hold('kanbu', Holder.now('restore_database', 'x'), exclusive=True):\n"
+        "import time\n"
+        "from kanbu_backup_dagster.orchestration.target_lock import Holder, open_locks\n"
+        "with open_locks().hold('kanbu', Holder.now('restore_database', '100%'), exclusive=True):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"
     )
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root)}
-    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    if isinstance(locks, PostgresLocks):  # another machine has a home of its own
+        environment["DAGSTER_HOME"] = str(Path.home() / "another")
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
-        locks = FolderLocks(tmp_path)
-        with pytest.raises(BusyError, match=str(process.pid)), locks.hold("kanbu", BACKUP, exclusive=False):
+        with (
+            pytest.raises(BusyError, match=f"run 100%, process {process.pid} on {socket.gethostname()}"),
+            locks.hold("kanbu", BACKUP, exclusive=False),
+        ):
             pass
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    with locks.hold("kanbu", BACKUP, exclusive=True):
-        assert len(list(tmp_path.glob("*/*.holder"))) == 1  # the dead one's is gone
+    # PostgreSQL finds out when it next looks at the connection.
+    with locks.hold("kanbu", BACKUP, exclusive=True, wait_seconds=10):
+        entries = list(Path(os.environ["DAGSTER_HOME"], "locks").glob("*/*.holder"))
+        assert len(entries) == isinstance(locks, FolderLocks)  # the dead one's is gone
+
+
+def test_a_long_hold_is_not_ended_as_idle(locks: Locks, newest_postgres: PostgresForTest) -> None:
+    if not isinstance(locks, PostgresLocks):
+        pytest.skip("a folder's lock has no session")
+    session = locks._database.connect()
+    session.cursor().execute("ALTER ROLE CURRENT_USER SET idle_session_timeout = '200ms'")
+    try:
+        with locks.hold("kanbu", RESTORE, exclusive=True):
+            time.sleep(0.6)
+            with pytest.raises(BusyError), locks.hold("kanbu", BACKUP, exclusive=False):
+                pass
+    finally:
+        reset = locks._database.connect()
+        reset.cursor().execute("ALTER ROLE CURRENT_USER RESET idle_session_timeout")
 
 
 def test_a_run_holds_a_lock_once_until_it_ends() -> None:
@@ -103,7 +130,7 @@ def test_a_run_holds_a_lock_once_until_it_ends() -> None:
         pass
 
 
-def test_duties_are_done_before_the_lock_is_given_back(locks: FolderLocks) -> None:
+def test_duties_are_done_before_the_lock_is_given_back(locks: Locks) -> None:
     done = []
 
     def duty() -> None:
