@@ -146,7 +146,7 @@ def _check_tls(options: ServeOptions) -> None:
 
 
 def _web_answers(listening: socket.socket, tls: bool) -> bool:
-    """Whether the web server answers, with the jobs loaded."""
+    """Whether the web server answers. Jobs that cannot be loaded (503) are not its fault, and its pages show why."""
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     connection: http.client.HTTPConnection
@@ -158,7 +158,7 @@ def _web_answers(listening: socket.socket, tls: bool) -> bool:
         connection = http.client.HTTPConnection(host, port, timeout=_HEALTH_SECONDS)
     try:
         connection.request("GET", f"{PREFIX}/trigger/health")
-        return connection.getresponse().status == http.client.OK
+        return connection.getresponse().status in (http.client.OK, http.client.SERVICE_UNAVAILABLE)
     except (OSError, http.client.HTTPException):
         return False
     finally:

@@ -69,7 +69,7 @@ class Supervisor:
         grace_seconds: How long they and what they started may take to end before they are killed.
     """
 
-    def __init__(self, programs: Sequence[Program], *, grace_seconds: float = 25) -> None:
+    def __init__(self, programs: Sequence[Program], *, grace_seconds: float = 40) -> None:
         self._children = {program.name: _Child(program) for program in programs}
         self._grace = grace_seconds
         self._stopping = threading.Event()
@@ -158,6 +158,7 @@ class Supervisor:
             if child.process is not None:
                 child.process.poll()
             if not any(_exists(group) for group in child.groups):
+                logger.info("[Server] The %s has ended", child.program.name)
                 return
             time.sleep(0.05)
         logger.warning("[Server] The %s did not end in time; it is killed", child.program.name)
