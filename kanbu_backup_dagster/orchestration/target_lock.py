@@ -4,9 +4,9 @@ What belongs here: readers' and writers' locks by name that die with their proce
 things they are taken on. What does not: when a run takes one (`run_scope`), and Dagster's queue, whose tag limits keep
 most runs from ever meeting here; `dagster job execute` and the command line do not pass through it.
 
-Where Dagster's records are in its home, so are the locks: a holder is a file that its process keeps locked (flock). Where
-they are in PostgreSQL, which several machines share, a holder is a session there with an advisory lock. Either way a
-holder that was killed is no holder any more.
+Where Dagster's records are in its home, so are the locks: a holder is a file that its process keeps locked (flock).
+Where they are in PostgreSQL, which several machines share, a holder is a session there with an advisory lock. Either
+way a holder that was killed is no holder any more.
 """
 
 from __future__ import annotations

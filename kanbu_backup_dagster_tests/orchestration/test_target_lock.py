@@ -103,19 +103,16 @@ def test_a_killed_holder_holds_nothing(locks: Locks) -> None:
         assert len(entries) == isinstance(locks, FolderLocks)  # the dead one's is gone
 
 
+@pytest.mark.parametrize("locks", ["postgresql"], indirect=True)
 def test_a_long_hold_is_not_ended_as_idle(locks: Locks, newest_postgres: PostgresForTest) -> None:
-    if not isinstance(locks, PostgresLocks):
-        pytest.skip("a folder's lock has no session")
-    session = locks._database.connect()
-    session.cursor().execute("ALTER ROLE CURRENT_USER SET idle_session_timeout = '200ms'")
+    newest_postgres.server.psql("ALTER ROLE CURRENT_USER SET idle_session_timeout = '200ms'")
     try:
         with locks.hold("kanbu", RESTORE, exclusive=True):
             time.sleep(0.6)
             with pytest.raises(BusyError), locks.hold("kanbu", BACKUP, exclusive=False):
                 pass
     finally:
-        reset = locks._database.connect()
-        reset.cursor().execute("ALTER ROLE CURRENT_USER RESET idle_session_timeout")
+        newest_postgres.server.psql("ALTER ROLE CURRENT_USER RESET idle_session_timeout")
 
 
 def test_a_run_holds_a_lock_once_until_it_ends() -> None:
