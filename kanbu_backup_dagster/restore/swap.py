@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -90,8 +91,10 @@ def swap(
         feeds=True,
     ) as ender:
         # It waits for the renaming to begin, and that waits for its work; so it is started first.
-        ender.write(_ending_script([database.oid for database in (live, loaded) if database], key).encode())
-        ender.close_input()
+        # Should it not get in, its words are told if they turn out to matter.
+        with suppress(BrokenPipeError):
+            ender.write(_ending_script([database.oid for database in (live, loaded) if database], key).encode())
+            ender.close_input()
         try:
             answer = run(server, settings, _renaming_script(server, live, loaded, target, replaced, key, by))
         except KanbuError as error:
@@ -108,7 +111,7 @@ def swap(
     raise RestoreError(
         f"The database {target} could not be replaced, and is as it was: {refused.message}",
         tried=(*_who_is_connected(server, settings, [target, staging]), *([denied] if denied else [])),
-        advice="End what uses the database (the tried list names it), and start the restore again.",
+        advice="End what uses the database, named above, and start the restore again.",
     )
 
 
