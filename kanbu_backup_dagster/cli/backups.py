@@ -32,6 +32,14 @@ def backup_database(as_json: bool, verbose: bool) -> None:
     _run_backup("database_backup", as_json=as_json, verbose=verbose)
 
 
+@backup.command("source")
+@click.option("--json", "as_json", is_flag=True, help="Print the new backup's manifest as JSON.")
+@click.option("--verbose", is_flag=True, help="Show the run's log.")
+def backup_source(as_json: bool, verbose: bool) -> None:
+    """Back the source tree up, verified."""
+    _run_backup("source_backup", as_json=as_json, verbose=verbose)
+
+
 def _run_backup(job: str, *, as_json: bool, verbose: bool) -> None:
     # Dagster takes seconds to import: only the commands that run a job pay for it.
     from kanbu_backup_dagster.orchestration.run_here import run_job

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -225,13 +225,18 @@ def _counts(environment: Environment) -> dict[str, Any]:
         backups = environment.catalog.backups()
     except KanbuError:
         return {}
-    counts: dict[str, Any] = {"total": len(backups)}
-    counts |= {status.value: 0 for status in VerificationStatus}
-    counts |= Counter(backup.status.value for backup in backups)
+    counts: dict[str, Any] = dict(_by_status(backups))
     proven = [backup.manifest.proven_at for backup in backups if backup.manifest and backup.manifest.proven_at]
     counts["last_proven_at"] = max(proven).isoformat() if proven else None
-    counts["by_type"] = dict(Counter(backup.type.value for backup in backups))
+    counts["by_type"] = {
+        kind.value: _by_status([backup for backup in backups if backup.type is kind]) for kind in BackupType
+    }
     return counts
+
+
+def _by_status(backups: Sequence[Backup]) -> dict[str, int]:
+    counts = Counter(backup.status for backup in backups)
+    return {"total": len(backups), **{status.value: counts[status] for status in VerificationStatus}}
 
 
 def _schedules_status() -> dict[str, Any]:

@@ -49,8 +49,11 @@ def main() -> None:
     """Run the command line; a user's mistake ends in a message, not a traceback."""
     from kanbu_backup_dagster.cli import (  # noqa: F401  # commands register on import
         backups,
+        catalog,
+        history,
         inspect,
         restore,
+        retention,
         rotate,
         schedules,
         serve,

@@ -1,4 +1,4 @@
-"""The ops of a backup: `dump`, `compress`, `checksum`, `encrypt`, `store`, `verify`, `prune`.
+"""The ops of a backup: `dump` or `archive`, `compress`, `checksum`, `encrypt`, `store`, `verify`.
 
 What belongs here: the ops, each doing what can be done at its own step and handing on the recipe. What does not: the
 work, which the library rooms do. `store` alone moves bytes; see `backup.recipe` for why.
@@ -34,8 +34,14 @@ from kanbu_backup_dagster.orchestration.run_scope import RunScope
 from kanbu_backup_dagster.orchestration.tags import RESTORE_DATABASE, SCHEDULE_ID, SCHEDULE_NAME, TRIGGER
 from kanbu_backup_dagster.orchestration.verify_ops import judge, tell_verdict
 from kanbu_backup_dagster.restore.swap import drop_replaced
+from kanbu_backup_dagster.schedule_file import load_schedule_file
+from kanbu_backup_dagster.settings import Settings
 from kanbu_backup_dagster.sources.commands import ServerAccess
 from kanbu_backup_dagster.sources.postgres import PostgresDump, prepare_dump
+from kanbu_backup_dagster.sources.source_tree import prepare_archive
+
+# A log names some of many; the manifest has them all.
+_SHOWN_FILES = 20
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,11 @@ class StoredBackup:
     access: ServerAccess | None = None
 
 
-def origin_of(context: OpExecutionContext) -> Origin:
-    """What started this run, by its tags."""
+def origin_of(context: OpExecutionContext, settings: Settings) -> Origin:
+    """What started this run, by its tags, and its schedule's policy."""
     tags = context.run.tags
     schedule_id = tags.get(SCHEDULE_ID)
+    row = load_schedule_file(settings.config_file).schedule(int(schedule_id)) if schedule_id else None
     return Origin(
         trigger=(
             Trigger.PRE_RESTORE
@@ -59,6 +66,7 @@ def origin_of(context: OpExecutionContext) -> Origin:
         ),
         schedule_id=int(schedule_id) if schedule_id else None,
         schedule_name=tags.get(SCHEDULE_NAME),
+        retention=row.policy if row is not None else None,
         run_id=context.run_id,
     )
 
@@ -91,6 +99,33 @@ def dump(context: OpExecutionContext, environment: BackupEnvironment, other: Oth
         }
     )
     return Recipe(source)
+
+
+@op(description="Looks over the source tree, and describes its archive.")
+def archive(context: OpExecutionContext, environment: BackupEnvironment) -> Recipe:
+    with explained():
+        loaded = environment.load()
+        tree, survey = prepare_archive(loaded.settings)
+    context.log.info(
+        f"[Backup] Source tree {tree.path}: {survey.files:,} files, {survey.folders:,} folders, "
+        f"about {survey.archive_bytes / 1e6:,.0f} MB to archive"
+    )
+    if survey.env_files and loaded.keys.current is None:
+        shown = ", ".join(survey.env_files[:_SHOWN_FILES])
+        context.log.warning(
+            f"[Backup] {len(survey.env_files)} files that may hold secrets go into an archive that is NOT encrypted: "
+            f"{shown}. Set BACKUP_ENCRYPTION_KEY, or exclude them (BACKUP_SOURCE_EXCLUDE)."
+        )
+    context.add_output_metadata(
+        {
+            "files": survey.files,
+            "folders": survey.folders,
+            "bytes": survey.bytes,
+            "estimated_bytes": survey.archive_bytes,
+            "may_hold_secrets": len(survey.env_files),
+        }
+    )
+    return Recipe(tree)
 
 
 @op(description="Adds gzip at BACKUP_COMPRESSION_LEVEL.")
@@ -137,7 +172,7 @@ def store(
             settings=loaded.settings,
             keys=loaded.keys,
             storage=loaded.storage,
-            origin=origin_of(context),
+            origin=origin_of(context, loaded.settings),
             on_progress=reporter(context, "storing"),
         )
         backup = loaded.catalog.get(manifest.filename)
@@ -146,6 +181,8 @@ def store(
         context.log_event(database_observation(manifest.database))
     if manifest.source is not None:
         context.log_event(source_observation(manifest.source))
+        for warning in manifest.source.warnings[:_SHOWN_FILES]:
+            context.log.warning(f"[Backup] {warning}")
     Register.of_run(context).add(backup, path)
     context.add_output_metadata(backup_metadata(manifest, path))
     context.log.info(f"[Backup] Stored {path}: {manifest.stored_bytes:,} bytes")
@@ -194,8 +231,3 @@ def _drop_replaced(
         return
     for line in told:
         context.log.info(f"[Backup] {line}")
-
-
-@op(description="Deletes what the retention policies let go.")
-def prune(context: OpExecutionContext, stored: StoredBackup) -> None:
-    context.log.info("[Backup] No retention policy applies to this run; nothing is deleted.")

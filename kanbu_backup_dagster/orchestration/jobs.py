@@ -7,7 +7,9 @@ from dagster import in_process_executor, job
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.orchestration import (
     backup_ops,
+    catalog_sync,
     drill_ops,
+    prune_ops,
     restore_ops,
     restore_source_ops,
     rotate_ops,
@@ -23,7 +25,16 @@ from kanbu_backup_dagster.orchestration.webhook_test import test_webhook
 )
 def database_backup() -> None:
     recipe = backup_ops.encrypt(backup_ops.checksum(backup_ops.compress(backup_ops.dump())))
-    backup_ops.prune(backup_ops.verify(backup_ops.store(recipe)))
+    prune_ops.prune(backup_ops.verify(backup_ops.store(recipe)))
+
+
+@job(
+    description="Backs the source tree up: one stream from the folder into the storage, verified, then retention.",
+    tags={tags.TYPE: BackupType.SOURCE.value, tags.TARGET: BackupType.SOURCE.value},
+)
+def source_backup() -> None:
+    recipe = backup_ops.encrypt(backup_ops.checksum(backup_ops.compress(backup_ops.archive())))
+    prune_ops.prune(backup_ops.verify(backup_ops.store(recipe)))
 
 
 @job(
@@ -84,8 +95,19 @@ def rotate_keys() -> None:
     rotate_ops.rotate()
 
 
+@job(description="Deletes what the retention policies let go, or shows what would go.")
+def prune_backups() -> None:
+    prune_ops.prune_all()
+
+
+@job(description="Makes Dagster know every backup in storage, from the manifests alone.")
+def sync_catalog() -> None:
+    catalog_sync.sync()
+
+
 JOBS = [
     database_backup,
+    source_backup,
     restore_database,
     restore_drill,
     restore_source,
@@ -93,4 +115,6 @@ JOBS = [
     test_webhook,
     verify_backup,
     verify_pending_backups,
+    prune_backups,
+    sync_catalog,
 ]

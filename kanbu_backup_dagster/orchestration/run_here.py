@@ -34,6 +34,7 @@ class Outcome:
         errors: What the failed steps said, for the user.
         report: The plain values of the metadata of the last asset that was materialized.
         observed: Asset partitions that were observed, with the plain values of their metadata, in order.
+        said: The plain values of the metadata of the steps' outputs.
     """
 
     run_id: str
@@ -42,6 +43,7 @@ class Outcome:
     errors: tuple[KanbuError, ...]
     report: Mapping[str, Any] = field(default_factory=dict)
     observed: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    said: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def error(self) -> KanbuError:
@@ -98,7 +100,13 @@ def run_job(
                     if event.partition is not None
                     for seen in [event.asset_observation_data.asset_observation]
                 )
-                return Outcome(result.run_id, result.success, materialized, failed, report, observed)
+                said = {
+                    name: entry.value
+                    for event in result.all_events
+                    if event.event_type is DagsterEventType.STEP_OUTPUT
+                    for name, entry in event.step_output_data.metadata.items()
+                }
+                return Outcome(result.run_id, result.success, materialized, failed, report, observed, said)
     finally:
         progress.listener.reset(token)
 
