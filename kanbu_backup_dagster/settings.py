@@ -77,6 +77,16 @@ class Settings(BaseSettings):
     )
     local_path: Path = Field(Path("/data/backups"), alias="BACKUP_LOCAL_PATH", description="folder of backups (local)")
     gdrive_path: Path | None = Field(None, alias="BACKUP_GDRIVE_PATH", description="folder on the mount (gdrive)")
+    rclone_rc_addr: str | None = Field(
+        None, alias="BACKUP_RCLONE_RC_ADDR", description="the mount's remote control, as http://127.0.0.1:5572 (gdrive)"
+    )
+    rclone_rc_user: str | None = Field(None, alias="BACKUP_RCLONE_RC_USER", description="login of the remote control")
+    rclone_rc_password: SecretStr | None = Field(
+        None, alias="BACKUP_RCLONE_RC_PASSWORD", description="password of the remote control"
+    )
+    rclone_timeout_seconds: float = Field(
+        60, alias="BACKUP_RCLONE_TIMEOUT_SECONDS", gt=0, description="how long the mount may take to answer (gdrive)"
+    )
     pg_mode: PgMode = Field(PgMode.AUTO, alias="BACKUP_PG_MODE", description="auto, direct or docker")
     database_url: SecretStr | None = Field(None, alias="DATABASE_URL", description="the database, as Prisma writes it")
     drill_database_url: SecretStr | None = Field(

@@ -1,7 +1,7 @@
 """A local folder as storage.
 
-What belongs here: landing files atomically in a folder, its mark, and clearing leftovers. What does not: what a mount
-is (`rclone`), or what the files mean.
+What belongs here: landing files atomically in a folder, its mark, and clearing leftovers. What does not: a folder that
+may hang or be unmounted (`rclone`), or what the files mean.
 
 How a file lands: it is written as `.kanbu-incoming-*.part`, locked (flock) by its writer for as long as that lives.
 Under the folder's lock (flock on the mark) its sidecar is created exclusively, which claims the name; then it gets that
@@ -26,11 +26,11 @@ from pathlib import Path
 
 from kanbu_backup_dagster.errors import StorageError
 from kanbu_backup_dagster.storage.mounts import mount_of
-from kanbu_backup_dagster.storage.protocol import SIDECAR_SUFFIX, Incoming, StoredFile
+from kanbu_backup_dagster.storage.protocol import SETTLED, SIDECAR_SUFFIX, Incoming, Settlement, StoredFile
 
 MARK_NAME = ".kanbu-storage"
 _PART_PREFIX, _PART_SUFFIX = ".kanbu-incoming-", ".part"
-_SIDECAR_TEMPORARY = ".kanbu-sidecar-"
+SIDECAR_TEMPORARY = ".kanbu-sidecar-"
 # Another machine's locks cannot be seen on a network file system; what was not touched for this long is not in use.
 _NETWORK_LEFTOVER_SECONDS = 2 * 24 * 3600
 _FLUSH_EVERY_BYTES = 32 << 20
@@ -39,8 +39,6 @@ _NO_HARD_LINKS = {errno.EPERM, errno.EIO, errno.ENOTSUP, errno.ENOSYS, errno.EML
 
 class FolderStorage:
     """Backups in the folder `path`. See `protocol.Storage` for the contract of each method."""
-
-    settles_at_once = True
 
     def __init__(self, path: Path, *, variable: str = "BACKUP_LOCAL_PATH") -> None:
         self._folder = path
@@ -56,11 +54,18 @@ class FolderStorage:
         # rclone renames over a file by deleting that first, where the remote can do no better.
         return mount is None or mount.fstype != "fuse.rclone"
 
+    @property
+    def facts(self) -> dict[str, str]:
+        return {}
+
+    def settlement(self, name: str) -> Settlement:
+        return SETTLED
+
     def prepare(self, *, known_mark: str | None = None, needed_bytes: int = 0) -> str:
         mark = self._read_mark()
         if mark is None and known_mark is not None:
             raise self._inaccessible(
-                f"{self._folder} held backups before, and now bears no mark of it. Is the volume mounted?",
+                f"{self.location} held backups before, and now bears no mark of it. Is the volume mounted?",
                 "Mount it; or, if this is meant to be a new, empty storage, run `kanbu-backup storage mark`.",
             )
         if mark is None:
@@ -68,12 +73,12 @@ class FolderStorage:
         with self._translated("write to"):
             probe = self._folder / f"{_PART_PREFIX}{secrets.token_hex(8)}{_PART_SUFFIX}"
             with self._locked():
-                os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                _write_new(probe, b"Can this be written?\n")
                 probe.unlink()
         free = self.free_bytes()
         if free < needed_bytes:
             raise self._inaccessible(
-                f"{self._folder} has {free:,} bytes free, and the next backup is expected to need {needed_bytes:,}.",
+                f"{self.location} has {free:,} bytes free, and the next backup is expected to need {needed_bytes:,}.",
                 "Make room, or shorten the retention.",
             )
         return mark
@@ -93,7 +98,7 @@ class FolderStorage:
             _sync_folder(self._folder)
         mark = self._read_mark()
         if mark is None:
-            raise self._inaccessible(f"the mark {MARK_NAME} written to {self._folder} cannot be read back.")
+            raise self._inaccessible(f"the mark {MARK_NAME} written to {self.location} cannot be read back.")
         return mark
 
     def _read_mark(self) -> str | None:
@@ -106,17 +111,12 @@ class FolderStorage:
             return str(json.loads(content)["storage"])
         except (ValueError, KeyError, TypeError):
             raise self._inaccessible(
-                f"the mark {self._folder / MARK_NAME} is damaged.", "Delete it and run `kanbu-backup storage mark`."
+                f"the mark {self.location}/{MARK_NAME} is damaged.", "Delete it and run `kanbu-backup storage mark`."
             ) from None
 
     @contextmanager
     def receive(self) -> Iterator[Incoming]:
-        part = self._folder / f"{_PART_PREFIX}{secrets.token_hex(8)}{_PART_SUFFIX}"
-        with self._translated("write to"), self._locked():
-            # Created and locked under the folder's lock: whoever clears leftovers never sees it unlocked.
-            handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-            _try_lock(handle)
-        incoming = _IncomingFile(self, part, handle)
+        incoming = _IncomingFile(self)
         try:
             yield incoming
         finally:
@@ -164,7 +164,7 @@ class FolderStorage:
                 return None
 
     def replace_sidecar(self, name: str, content: bytes, *, expected: bytes | None = None) -> bool:
-        temporary = self._folder / f"{_SIDECAR_TEMPORARY}{secrets.token_hex(8)}{_PART_SUFFIX}"
+        temporary = self._folder / f"{SIDECAR_TEMPORARY}{secrets.token_hex(8)}{_PART_SUFFIX}"
         with self._translated("write to"), self._locked():
             if expected is not None and self._sidecar(name).read_bytes() != expected:
                 return False
@@ -185,8 +185,7 @@ class FolderStorage:
 
     def remove_leftovers(self) -> list[str]:
         removed = []
-        mount = mount_of(self._folder)
-        youngest = time.time() - _NETWORK_LEFTOVER_SECONDS if mount is not None and mount.is_network else None
+        youngest = time.time() - _NETWORK_LEFTOVER_SECONDS if self._is_shared() else None
         with self._translated("clean"), self._locked() as exclusive:
             if not exclusive:
                 return []
@@ -207,6 +206,11 @@ class FolderStorage:
                 _sync_folder(self._folder)
         return removed
 
+    def _is_shared(self) -> bool:
+        """Whether other machines may write here."""
+        mount = mount_of(self._folder)
+        return mount is not None and mount.is_network
+
     def _is_abandoned(self, name: str, *, locked_by_writer: bool, older_than: float | None) -> bool:
         try:
             handle = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -225,7 +229,7 @@ class FolderStorage:
         return status.f_bavail * status.f_frsize
 
     def path(self, name: str) -> str:
-        return str(self._entry(name))
+        return f"{self.location}/{self._entry(name).relative_to(self._folder)}"
 
     def _entry(self, name: str) -> Path:
         if not name or name.startswith(".") or "/" in name or "\0" in name:
@@ -257,15 +261,19 @@ class FolderStorage:
         try:
             yield
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            advice = {
-                errno.ENOSPC: "Make room, or shorten the retention.",
-                errno.EDQUOT: "Make room, or shorten the retention.",
-                errno.ENOENT: "Is the volume mounted? Does the folder exist?",
-                errno.EROFS: "The file system is mounted read-only.",
-                errno.ENOTCONN: "The mount's process has died: mount it again.",
-            }.get(error.errno or 0, "Check that the folder exists and that this user may write to it.")
-            raise self._inaccessible(f"cannot {doing} {self._folder}: {reason}.", advice) from error
+            reason, advice = self._explained(error)
+            raise self._inaccessible(f"cannot {doing} {self.location}: {reason}.", advice) from error
+
+    def _explained(self, error: OSError) -> tuple[str, str]:
+        """What went wrong, and what to do."""
+        advice = {
+            errno.ENOSPC: "Make room, or shorten the retention.",
+            errno.EDQUOT: "Make room, or shorten the retention.",
+            errno.ENOENT: "Is the volume mounted? Does the folder exist?",
+            errno.EROFS: "The file system is mounted read-only.",
+            errno.ENOTCONN: "The mount's process has died: mount it again.",
+        }.get(error.errno or 0, "Check that the folder exists and that this user may write to it.")
+        return os.strerror(error.errno) if error.errno else str(error), advice
 
     def _inaccessible(self, reason: str, advice: str = "") -> StorageError:
         return StorageError(f"Storage not accessible: {reason} (set by {self._variable})", advice=advice)
@@ -274,31 +282,40 @@ class FolderStorage:
 class _IncomingFile:
     """The writing half of `FolderStorage.receive`."""
 
-    def __init__(self, storage: FolderStorage, part: Path, handle: int) -> None:
+    def __init__(self, storage: FolderStorage) -> None:
         self._storage = storage
-        self._part = part
-        self._handle: int | None = handle
+        self._part = storage._folder / f"{_PART_PREFIX}{secrets.token_hex(8)}{_PART_SUFFIX}"
+        self._handle: int | None = None
         self._written = 0
         self._flusher = ThreadPoolExecutor(1, "flush")
         self._flush: Future[None] | None = None
         self._flushed = 0
 
     def write(self, chunk: bytes) -> None:
-        assert self._handle is not None
         with self._storage._translated("write to"):
-            view = memoryview(chunk)
+            handle, view = self._opened(), memoryview(chunk)
             while view:
-                view = view[os.write(self._handle, view) :]
+                view = view[os.write(handle, view) :]
         self._written += len(chunk)
         # Written to the disk while more is coming, so that the sync at the end does not wait for all of it.
         if self._written - self._flushed >= _FLUSH_EVERY_BYTES and (self._flush is None or self._flush.done()):
             self._flushed = self._written
-            self._flush = self._flusher.submit(os.fdatasync, self._handle)
+            self._flush = self._flusher.submit(os.fdatasync, handle)
+
+    def _opened(self) -> int:
+        # Not before there is something to write: rclone uploads an empty file some time after it was closed, and thus
+        # may bring back one that was removed.
+        if self._handle is None:
+            with self._storage._locked():
+                # Created and locked under the folder's lock: whoever clears leftovers never sees it unlocked.
+                self._handle = os.open(self._part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+                _try_lock(self._handle)
+        return self._handle
 
     def commit(self, names: Iterator[str], sidecar: Callable[[str], bytes]) -> str:
         storage = self._storage
+        self._make_lasting()
         with storage._translated("write to"), storage._locked():
-            self._make_lasting()
             for name in names:
                 if self._claim_and_name(name, sidecar):
                     break
@@ -307,14 +324,14 @@ class _IncomingFile:
         return name
 
     def read_back(self) -> Iterator[bytes]:
+        self._make_lasting()
         with self._storage._translated("read back from"):
-            self._make_lasting()
             yield from _from_the_medium(self._part, 1 << 20)
 
     def replace(self, name: str) -> None:
         storage = self._storage
+        self._make_lasting()
         with storage._translated("write to"), storage._locked():
-            self._make_lasting()
             final = storage._entry(name)
             if not os.path.lexists(final):
                 raise storage._inaccessible(f"{name} was deleted from {storage.location} meanwhile.")
@@ -323,15 +340,17 @@ class _IncomingFile:
         self.discard()
 
     def _make_lasting(self) -> None:
-        assert self._handle is not None
-        size = os.fstat(self._handle).st_size
+        storage = self._storage
+        with storage._translated("write to"):
+            handle = self._opened()
+            if self._flush is not None:
+                self._flush.result()
+            os.fsync(handle)
+            # Where fsync does nothing, close tells whether the bytes arrived; closing a duplicate keeps the lock.
+            os.close(os.dup(handle))
+            size = self._part.stat().st_size
         if size != self._written:
-            raise self._storage._inaccessible(
-                f"{size:,} bytes arrived in {self._storage.location} of {self._written:,} written."
-            )
-        if self._flush is not None:
-            self._flush.result()
-        os.fsync(self._handle)
+            raise storage._inaccessible(f"{size:,} bytes arrived in {storage.location} of {self._written:,} written.")
 
     def _claim_and_name(self, name: str, sidecar: Callable[[str], bytes]) -> bool:
         final, beside = self._storage._entry(name), self._storage._sidecar(name)
@@ -358,10 +377,12 @@ class _IncomingFile:
             return
         handle, self._handle = self._handle, None
         self._flusher.shutdown()
-        try:
-            self._part.unlink(missing_ok=True)
-        finally:
-            os.close(handle)
+        with self._storage._translated("write to"):
+            try:
+                os.close(handle)
+            finally:
+                # In this order: closing is what makes rclone upload what there is.
+                self._part.unlink(missing_ok=True)
 
 
 def _write_new(path: Path, content: bytes) -> None:

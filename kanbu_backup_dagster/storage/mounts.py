@@ -5,6 +5,7 @@ What belongs here: reading `/proc/self/mountinfo` (format: proc_pid_mountinfo(5)
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ _NETWORK_TYPES = ("nfs", "cifs", "smb", "fuse.", "9p", "ceph", "gluster", "lustr
 
 @dataclass(frozen=True)
 class Mount:
-    """A mount: where it is, its file system type (`ext4`, `fuse.rclone`) and its source (`gdrive:`)."""
+    """A mount: where it is, its file system type (`ext4`, `fuse.rclone`), its source (`gdrive:`) and its device number
+    (`st_dev` of what is on it)."""
 
     point: Path
     fstype: str
     source: str
+    device: int = 0
 
     @property
     def is_network(self) -> bool:
@@ -44,7 +47,8 @@ def mount_of(path: Path) -> Mount | None:
         point = Path(_unescape(fields[4]))
         # Later lines are mounted over earlier ones, so the last of the longest wins.
         if absolute.is_relative_to(point) and (found is None or len(point.parts) >= len(found.point.parts)):
-            found = Mount(point, tail[0], _unescape(tail[1]))
+            major, _, minor = fields[2].partition(":")
+            found = Mount(point, tail[0], _unescape(tail[1]), os.makedev(int(major), int(minor)))
     return found
 
 

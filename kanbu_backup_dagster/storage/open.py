@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from kanbu_backup_dagster.settings import Settings
+from kanbu_backup_dagster.settings import Settings, StorageKind
 from kanbu_backup_dagster.storage.folder import FolderStorage
 from kanbu_backup_dagster.storage.protocol import Storage
+from kanbu_backup_dagster.storage.rclone import RcloneStorage
+from kanbu_backup_dagster.storage.remote_control import RemoteControl
 
 
 def open_storage(settings: Settings) -> Storage:
@@ -13,4 +15,11 @@ def open_storage(settings: Settings) -> Storage:
     Raises:
         SettingsError: Its path is not set.
     """
-    return FolderStorage(settings.storage_path)
+    if settings.storage is StorageKind.LOCAL:
+        return FolderStorage(settings.storage_path)
+    control = None
+    if settings.rclone_rc_addr is not None:
+        control = RemoteControl(
+            settings.rclone_rc_addr, user=settings.rclone_rc_user, password=settings.secret("rclone_rc_password")
+        )
+    return RcloneStorage(settings.storage_path, control=control, patience=settings.rclone_timeout_seconds)

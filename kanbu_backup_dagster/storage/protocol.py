@@ -9,7 +9,7 @@ listed name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,6 +27,17 @@ class StoredFile:
     modified: datetime
 
 
+@dataclass(frozen=True)
+class Settlement:
+    """Whether a committed file is where it will stay; if not, why that is not known."""
+
+    done: bool
+    reason: str = ""
+
+
+SETTLED = Settlement(True)
+
+
 class Incoming(Protocol):
     """A file on its way in, under a name that no listing shows. Leaving its context without `commit` removes it."""
 
@@ -36,8 +47,8 @@ class Incoming(Protocol):
     def commit(self, names: Iterator[str], sidecar: Callable[[str], bytes]) -> str:
         """Make the file lasting under the first free name of `names` and return that name.
 
-        Order: length check, sync, the sidecar under the chosen name (`sidecar(name)` gives its bytes), the rename that
-        commits, sync of the folder. Nothing that exists is overwritten.
+        Order: sync and flush, length check, the sidecar under the chosen name (`sidecar(name)` gives its bytes), the
+        rename that commits, sync of the folder. Nothing that exists is overwritten.
         """
 
     def read_back(self) -> Iterator[bytes]:
@@ -56,8 +67,12 @@ class Storage(Protocol):
         """Where this is, for people: a path."""
 
     @property
-    def settles_at_once(self) -> bool:
-        """Whether a committed file is where it will stay. False: it may still be on its way (an upload in a cache)."""
+    def facts(self) -> Mapping[str, str]:
+        """What there is to know of the place beside its location, for people: of a mount, its remote and cache mode."""
+
+    def settlement(self, name: str) -> Settlement:
+        """Whether the committed file `name`, with its sidecar, is where it will stay, or may still be on its way (an
+        upload in a cache)."""
 
     @property
     def replaces_in_one_step(self) -> bool:
