@@ -14,6 +14,7 @@ from types import TracebackType
 
 import requests
 
+from kanbu_backup_dagster.storage.folder import MARK_NAME
 from kanbu_backup_dagster.storage.mounts import MOUNT_TABLE
 from kanbu_backup_dagster.storage.rclone import RcloneStorage
 from kanbu_backup_dagster.storage.remote_control import RemoteControl
@@ -85,7 +86,7 @@ class RcloneMount:
             "0s",
             *login,
         )
-        _until(lambda: _answers(self._port), "the server answers")
+        until(lambda: _answers(self._port), "the server answers")
         return server
 
     def restart_server(self) -> None:
@@ -108,8 +109,8 @@ class RcloneMount:
             *("--cache-dir", self._cache, "--dir-cache-time", "1s", "--attr-timeout", "0s"),
             *("--rc", "--rc-addr", f"127.0.0.1:{self._control_port}", "--rc-user", _LOGIN[0], "--rc-pass", _LOGIN[1]),
         )
-        _until(self.is_mounted, "it is mounted")
-        _until(lambda: _answers(self._control_port), "the remote control answers")
+        until(self.is_mounted, "it is mounted")
+        until(lambda: _answers(self._control_port), "the remote control answers")
         return mount
 
     def is_mounted(self) -> bool:
@@ -132,10 +133,10 @@ class RcloneMount:
             "BACKUP_RCLONE_RC_PASSWORD": _LOGIN[1],
         }
 
-    def storage(self, *, controlled: bool = True, patience: float = 20) -> RcloneStorage:
+    def storage(self, folder: str = "kanbu-backups", *, controlled: bool = True, patience: float = 20) -> RcloneStorage:
         """A storage in a folder of the mount, with or without the remote control."""
         control = RemoteControl(self.control_address, user=_LOGIN[0], password=_LOGIN[1]) if controlled else None
-        return RcloneStorage(self.point / "kanbu-backups", control=control, patience=patience)
+        return RcloneStorage(self.point / folder, control=control, patience=patience)
 
     def settled(self) -> bool:
         """Whether the mount's cache has nothing left to upload."""
@@ -143,10 +144,18 @@ class RcloneMount:
         cache = answer.get("diskCache") or {}
         return not cache.get("uploadsQueued", 0) + cache.get("uploadsInProgress", 0)
 
-    def on_remote(self) -> dict[str, bytes]:
-        """What the remote really holds in the storage's folder."""
-        folder = self.backing / "kanbu-backups"
-        return {entry.name: entry.read_bytes() for entry in folder.iterdir()} if folder.is_dir() else {}
+    def wait_until_settled(self) -> None:
+        """Wait for the cache's uploads."""
+        until(self.settled, "the cache has uploaded everything")
+
+    def on_remote(self, name: str = "kanbu-backups") -> dict[str, bytes]:
+        """What the remote really holds in a folder, the storage's mark left out."""
+        folder = self.backing / name
+        return (
+            {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.name != MARK_NAME}
+            if folder.is_dir()
+            else {}
+        )
 
     def unmount(self) -> None:
         """Unmount, whoever is using it."""
@@ -158,6 +167,10 @@ class RcloneMount:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmount and end both processes, whatever became of them."""
         for process in (self.server, self.mount):  # one that a test stopped cannot end
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
@@ -181,7 +194,8 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _until(is_so: Callable[[], bool], what: str) -> None:
+def until(is_so: Callable[[], bool], what: str) -> None:
+    """Wait until something is so, for at most 20 seconds."""
     deadline = time.monotonic() + 20
     while not is_so():
         assert time.monotonic() < deadline, f"waited in vain until {what}"

@@ -171,7 +171,12 @@ def _storage_status(environment: Environment) -> dict[str, Any]:
     storage = environment.storage
     facts: dict[str, Any] = {"kind": environment.settings.storage.value, "location": storage.location}
     try:
-        facts |= {"accessible": True, "files": len(storage.files()), "free_bytes": storage.free_bytes()}
+        facts |= {
+            "accessible": True,
+            **storage.facts,
+            "files": len(storage.files()),
+            "free_bytes": storage.free_bytes(),
+        }
     except KanbuError as error:
         facts |= {"accessible": False, "problem": str(error)}
     return facts

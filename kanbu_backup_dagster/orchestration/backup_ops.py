@@ -176,6 +176,7 @@ def store(
             on_progress=reporter(context, "storing"),
         )
         backup = loaded.catalog.get(manifest.filename)
+        storage_facts = loaded.storage.facts
     path = loaded.storage.path(manifest.filename)
     if manifest.database is not None:
         context.log_event(database_observation(manifest.database))
@@ -184,7 +185,7 @@ def store(
         for warning in manifest.source.warnings[:_SHOWN_FILES]:
             context.log.warning(f"[Backup] {warning}")
     Register.of_run(context).add(backup, path)
-    context.add_output_metadata(backup_metadata(manifest, path))
+    context.add_output_metadata({**backup_metadata(manifest, path), **storage_facts})
     context.log.info(f"[Backup] Stored {path}: {manifest.stored_bytes:,} bytes")
     access = recipe.source.access if isinstance(recipe.source, PostgresDump) else None
     return StoredBackup(manifest.filename, manifest.type, access)

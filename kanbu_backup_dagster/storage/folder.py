@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -119,8 +119,11 @@ class FolderStorage:
         incoming = _IncomingFile(self)
         try:
             yield incoming
-        finally:
-            incoming.discard()
+        except BaseException:
+            with suppress(StorageError):  # what went wrong first is what is told
+                incoming.discard()
+            raise
+        incoming.discard()
 
     def files(self) -> list[StoredFile]:
         with self._translated("list"), os.scandir(self._folder) as entries:
@@ -213,12 +216,12 @@ class FolderStorage:
 
     def _is_abandoned(self, name: str, *, locked_by_writer: bool, older_than: float | None) -> bool:
         try:
+            if older_than is not None and (self._folder / name).lstat().st_mtime > older_than:
+                return False
             handle = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return False
         try:
-            if older_than is not None and os.fstat(handle).st_mtime > older_than:
-                return False
             return not locked_by_writer or _try_lock(handle)
         finally:
             os.close(handle)
