@@ -72,13 +72,13 @@ class RcloneStorage:
         kept = f"the mount keeps uploads in a cache (mode {mode})" if mode else "the mount's cache mode is not known"
         if self._control is None:
             return Settlement(False, f"{kept}, and BACKUP_RCLONE_RC_ADDR is not set to ask whether this one is done")
-        file, sidecar = self.find(name), self.read_sidecar(name)
-        if file is None:
-            raise StorageError(f"Storage not accessible: {name} is not in {self.location}. (set by {VARIABLE})")
-        sizes = {name: file.size, **({name + SIDECAR_SUFFIX: len(sidecar)} if sidecar is not None else {})}
         try:
             if process is not None and self._control.process_id() != process.pid:
                 return Settlement(False, f"{kept}, and BACKUP_RCLONE_RC_ADDR is another rclone's than the mount's")
+            file, sidecar = self.find(name), self.read_sidecar(name)
+            sizes = {name: file.size if file else -1}
+            if sidecar is not None:
+                sizes[name + SIDECAR_SUFFIX] = len(sidecar)
             return self._control.settlement(remote, {str(worker.folder / one): size for one, size in sizes.items()})
         except StorageError as error:
             return Settlement(False, f"{kept}, and {error.message}")
@@ -260,7 +260,7 @@ class _Worker:
         self._process.kill()
         self._end.patience = 1
         raise StorageError(
-            f"Storage not accessible: the mount of {self._path} did not answer within {self._seconds:.0f} s. "
+            f"Storage not accessible: the mount of {self._path} did not answer within {self._seconds:.3g} s. "
             f"(set by {VARIABLE})",
             advice="Is the remote reachable? rclone's log says more. BACKUP_RCLONE_TIMEOUT_SECONDS sets how long it is "
             f"waited for; a mount that is beyond help goes with `fusermount3 -uz`. {mount_worker.HOW_TO_MOUNT}",
