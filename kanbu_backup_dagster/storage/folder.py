@@ -25,7 +25,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from kanbu_backup_dagster.errors import StorageError
-from kanbu_backup_dagster.storage.mounts import mount_of
+from kanbu_backup_dagster.storage.mounts import RCLONE, mount_of
 from kanbu_backup_dagster.storage.protocol import SETTLED, SIDECAR_SUFFIX, Incoming, Settlement, StoredFile
 
 MARK_NAME = ".kanbu-storage"
@@ -52,7 +52,7 @@ class FolderStorage:
     def replaces_in_one_step(self) -> bool:
         mount = mount_of(self._folder)
         # rclone renames over a file by deleting that first, where the remote can do no better.
-        return mount is None or mount.fstype != "fuse.rclone"
+        return mount is None or mount.fstype != RCLONE
 
     @property
     def facts(self) -> dict[str, str]:

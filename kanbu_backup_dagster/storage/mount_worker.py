@@ -24,10 +24,9 @@ from typing import Any
 
 from kanbu_backup_dagster.errors import StorageError
 from kanbu_backup_dagster.storage.folder import SIDECAR_TEMPORARY, FolderStorage
-from kanbu_backup_dagster.storage.mounts import Mount, mount_of
+from kanbu_backup_dagster.storage.mounts import RCLONE, Mount, mount_of
 from kanbu_backup_dagster.storage.protocol import Incoming
 
-RCLONE = "fuse.rclone"
 VARIABLE = "BACKUP_GDRIVE_PATH"
 HOW_TO_MOUNT = (
     "Install rclone (`sudo apt install rclone`), set the remote up (`rclone config`), and mount it: "
@@ -112,8 +111,8 @@ def _refused(reason: str, advice: str) -> StorageError:
 class _Server:
     """Does what the pipe asks, one thing after the other.
 
-    A request is a method's name and arguments; an answer is `("done", value)` or `("failed", error)`. Between them
-    `commit` asks back, with `("name",)` and `("sidecar", name)`.
+    A request is a method's name, arguments and keyword arguments; an answer is `("done", value)` or
+    `("failed", error)`. Between them `commit` asks back, with `("name",)` and `("sidecar", name)`.
     """
 
     def __init__(self, pipe: Connection, storage: MountedFolder) -> None:
@@ -129,26 +128,25 @@ class _Server:
             while True:
                 self._pipe.send(outcome(partial(self._do, *self._pipe.recv())))
 
-    def _do(self, request: str, *arguments: Any) -> Any:
+    def _do(self, request: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if request == "receive":
             self._incoming = self._open.enter_context(self._storage.receive())
             return None
-        if request == "write":
-            assert self._incoming is not None
-            return self._incoming.write(*arguments)
+        if request in ("write", "replace"):
+            return getattr(self._incoming, request)(*arguments)
         if request == "commit":
             assert self._incoming is not None
             return self._incoming.commit(self._names(), self._sidecar)
         if request == "read":
-            name, chunk_bytes = arguments
-            self._chunks = self._storage.read(name, chunk_bytes=chunk_bytes)
+            self._chunks = self._storage.read(*arguments, **options)
+            return None
+        if request == "read_back":
+            assert self._incoming is not None
+            self._chunks = self._incoming.read_back()
             return None
         if request == "next":
             return next(self._chunks, b"")
-        if request == "prepare":
-            known_mark, needed_bytes = arguments
-            return self._storage.prepare(known_mark=known_mark, needed_bytes=needed_bytes)
-        return getattr(self._storage, request)(*arguments)
+        return getattr(self._storage, request)(*arguments, **options)
 
     def _names(self) -> Iterator[str]:
         while True:

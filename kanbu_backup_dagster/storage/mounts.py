@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+RCLONE = "fuse.rclone"
 MOUNT_TABLE = Path("/proc/self/mountinfo")
 _NETWORK_TYPES = ("nfs", "cifs", "smb", "fuse.", "9p", "ceph", "gluster", "lustre", "afs", "davfs")
 

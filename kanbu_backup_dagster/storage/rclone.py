@@ -15,11 +15,12 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import kanbu_backup_dagster
@@ -63,6 +64,10 @@ class RcloneStorage:
         mode = self._cache_mode(mount, process_of(mount.point))
         return {"mount": str(mount.point), "remote": mount.source, "cache_mode": mode or "unknown"}
 
+    @property
+    def replaces_in_one_step(self) -> bool:
+        return False  # rclone deletes what is to be replaced first, where the remote can do no better
+
     def settlement(self, name: str) -> Settlement:
         worker = self._worker()
         remote, process = worker.mount.source, process_of(worker.mount.point)
@@ -93,7 +98,7 @@ class RcloneStorage:
         return None
 
     def prepare(self, *, known_mark: str | None = None, needed_bytes: int = 0) -> str:
-        return str(self._worker().call("prepare", known_mark, needed_bytes))
+        return str(self._worker().call("prepare", known_mark=known_mark, needed_bytes=needed_bytes))
 
     def mark(self) -> str:
         """Declare the folder a storage; see `FolderStorage.mark`."""
@@ -119,7 +124,7 @@ class RcloneStorage:
 
     def read(self, name: str, *, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
         with self._new_worker() as worker:
-            worker.call("read", name, chunk_bytes)
+            worker.call("read", name, chunk_bytes=chunk_bytes)
             while chunk := worker.call("next"):
                 yield chunk
 
@@ -127,8 +132,8 @@ class RcloneStorage:
         content: bytes | None = self._worker().call("read_sidecar", name)
         return content
 
-    def replace_sidecar(self, name: str, content: bytes) -> None:
-        self._worker().call("replace_sidecar", name, content)
+    def replace_sidecar(self, name: str, content: bytes, *, expected: bytes | None = None) -> bool:
+        return bool(self._worker().call("replace_sidecar", name, content, expected=expected))
 
     def delete(self, name: str) -> None:
         self._worker().call("delete", name)
@@ -163,13 +168,28 @@ class _IncomingFile:
     def write(self, chunk: bytes) -> None:
         # The chunk before this one is waited for only now: the next one was made meanwhile.
         self._worker.settle()
-        self._worker.begin("write", bytes(chunk), patience=_WRITING)
+        self._worker.begin("write", (bytes(chunk),), patience=_WRITING)
         self._written += len(chunk)
 
     def commit(self, names: Iterator[str], sidecar: Callable[[str], bytes]) -> str:
-        self._worker.settle()
-        self._worker.begin("commit", patience=_WRITING, more_seconds=self._written / _SLOWEST_BYTES_PER_SECOND)
+        self._finish("commit")
         return str(self._worker.settle(_Commit(names, sidecar)))
+
+    def read_back(self) -> Iterator[bytes]:
+        self._finish("read_back")
+        self._finish("next")  # the first one waits for all that was written to be sent
+        while chunk := self._worker.settle():
+            yield chunk
+            self._worker.begin("next")
+
+    def replace(self, name: str) -> None:
+        self._finish("replace", name)
+        self._worker.settle()
+
+    def _finish(self, request: str, *arguments: str) -> None:
+        self._worker.settle()
+        more = self._written / _SLOWEST_BYTES_PER_SECOND
+        self._worker.begin(request, arguments, patience=_WRITING, more_seconds=more)
 
 
 @dataclass(frozen=True)
@@ -213,15 +233,23 @@ class _Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def call(self, request: str, *arguments: Any) -> Any:
+    def call(self, request: str, *arguments: Any, **options: Any) -> Any:
         """Ask, and wait for the answer."""
-        self.begin(request, *arguments)
+        self.begin(request, arguments, options)
         return self.settle()
 
-    def begin(self, request: str, *arguments: Any, patience: int = 1, more_seconds: float = 0) -> None:
+    def begin(
+        self,
+        request: str,
+        arguments: tuple[Any, ...] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        patience: int = 1,
+        more_seconds: float = 0,
+    ) -> None:
         """Ask; `settle` gives the answer, which is waited for `patience` times as long as usual and `more_seconds`."""
         self._seconds = self._patience * patience + more_seconds
-        self._send((request, *arguments))
+        self._send((request, arguments, dict(options)))
         self._waiting = True
 
     def settle(self, answers: _Commit | None = None) -> Any:

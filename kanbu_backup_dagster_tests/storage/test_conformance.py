@@ -166,6 +166,27 @@ def test_a_sidecar_is_replaced_and_a_file_deleted_with_it(place: Place, storage:
         storage.delete(gone)
 
 
+def test_a_sidecar_is_replaced_only_where_it_is_what_was_expected(storage: Storage) -> None:
+    name = put(storage)
+    assert not storage.replace_sidecar(name, b"mine", expected=b"something else")
+    assert storage.replace_sidecar(name, b"mine", expected=b"about kanbu_0")
+    assert storage.read_sidecar(name) == b"mine"
+
+
+def test_a_file_takes_the_place_of_another_where_the_storage_can_do_it_in_one_step(
+    place: Place, storage: Storage
+) -> None:
+    name = put(storage)
+    with storage.receive() as incoming:
+        for chunk in (b"better ", b"content"):
+            incoming.write(chunk)
+        assert b"".join(incoming.read_back()) == b"better content"
+        if not storage.replaces_in_one_step:
+            return
+        incoming.replace(name)
+    assert place.held() == {name: b"better content", f"{name}.manifest.json": b"about kanbu_0"}
+
+
 def test_reading_may_end_early(storage: Storage) -> None:
     name = put(storage, bytes(3 << 20))
     reading = storage.read(name, chunk_bytes=1000)
