@@ -68,6 +68,8 @@ def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
         KanbuError: It cannot or must not start as asked.
     """
     log_to_stderr()
+    # Whoever may write to a unix socket may connect; the code server has another in the system's temporary folder.
+    os.umask(os.umask(0o077) | 0o022)
     settings = load_settings()
     _check_tls(options)
     home = ensure_home()

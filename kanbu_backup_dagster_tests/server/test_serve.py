@@ -97,17 +97,22 @@ def test_only_the_web_port_listens_and_sockets_are_private(kanbu: Serving) -> No
             if fields[3] == "0A":  # TCP_LISTEN
                 listening[f"socket:[{fields[9]}]"] = int(fields[1].rpartition(":")[2], 16)
     ours = set()
+    links = set()
     for pid in kanbu.processes():
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
             try:
-                ours.add(listening.get(str(descriptor.readlink())))
+                link = str(descriptor.readlink())
             except OSError:  # closed meanwhile
                 continue
+            links.add(link)
+            ours.add(listening.get(link))
     assert ours - {None} == {int(kanbu.url.rpartition(":")[2])}
     assert stat.S_IMODE((kanbu.home / "serve").stat().st_mode) == 0o700
-    mine = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if str(kanbu.home) in line]
-    assert mine
-    assert all(path.startswith(str(kanbu.home / "serve")) for path in mine)
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    sockets = {Path(row[7]) for row in rows if len(row) > 7 and f"socket:[{row[6]}]" in links and row[7][0] == "/"}
+    assert kanbu.home / "serve" / "code-server.sock" in sockets
+    for path in sockets:
+        assert stat.S_IMODE(path.stat().st_mode) & 0o022 == 0, f"others can connect to {path}"
 
 
 # --- what it tells --------------------------------------------------------------------------------------------------
