@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import secrets
 import shutil
@@ -33,6 +34,7 @@ _START_SECONDS = 30
 _STOP_SECONDS = 30
 _READY_SECONDS = 30
 _PR_SET_PDEATHSIG = 1
+_FOLDER, _PREFIX = "/tmp", "kanbu-docker-"
 
 
 def missing_for_an_engine() -> str | None:
@@ -55,13 +57,16 @@ class DockerEngine:
 
     def __init__(self, image: Path | None = None) -> None:
         # Below /tmp, and short: the path of a unix socket has at most 107 characters.
-        self.root = Path(tempfile.mkdtemp(prefix="kanbu-docker-", dir="/tmp"))
+        self.root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_FOLDER))
+        self._lock = (self.root / "lock").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.host = f"unix://{self.root}/docker.sock"
         self.image = image or self.root / "image.tar"
         self._daemon: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> DockerEngine:
         try:
+            _remove_what_killed_sessions_left()
             self._start()
             self._import_image()
         except BaseException:
@@ -77,8 +82,8 @@ class DockerEngine:
             except subprocess.TimeoutExpired:
                 self._daemon.kill()
                 self._daemon.wait()
-        self._end_what_outlives_the_daemon()
-        shutil.rmtree(self.root)
+        _remove(self.root)
+        self._lock.close()
 
     def _client(self) -> docker.DockerClient:
         return docker.DockerClient(base_url=self.host)
@@ -204,15 +209,24 @@ class DockerEngine:
                 str(self.image), repository=IMAGE, tag="latest", changes=image_configuration(major)
             )
 
-    def _end_what_outlives_the_daemon(self) -> None:
-        """After a daemon that was killed: containers, their shims and mounts go on without it."""
-        for pid in _processes_naming(str(self.root)):
-            for child in _children(pid):
-                _kill(child)
-            _kill(pid)
-        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-        for mount in sorted((path for path in mounted if path.startswith(f"{self.root}/")), reverse=True):
-            subprocess.run(["umount", "--lazy", mount], check=False)
+
+def _remove_what_killed_sessions_left() -> None:
+    for lock in Path(_FOLDER).glob(f"{_PREFIX}*/lock"):
+        with contextlib.suppress(OSError), lock.open() as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(lock.parent)
+
+
+def _remove(root: Path) -> None:
+    """Remove an engine's folder, ending first what outlives an engine that was killed: containers and their shims."""
+    for pid in _processes_naming(f"{root}/"):
+        for child in _children(pid):
+            _kill(child)
+        _kill(pid)
+    mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    for mount in sorted((path for path in mounted if path.startswith(f"{root}/")), reverse=True):
+        subprocess.run(["umount", "--lazy", mount], check=False)
+    shutil.rmtree(root)
 
 
 def _end_with_us() -> None:

@@ -84,6 +84,13 @@ def victim(docker_engine: DockerEngine, _victims: list[str], monkeypatch: pytest
     await_no_processes(server)
 
 
+def await_true(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {seconds} seconds"
+        time.sleep(0.05)
+
+
 def await_no_processes(server: ContainerPostgres, seconds: float = 5) -> None:
     deadline = time.monotonic() + seconds
     while left := server.processes():
@@ -315,14 +322,17 @@ def test_the_engine_is_killed(docker_engine: DockerEngine, tmp_path: Path, monke
         for variable, value in Victim(engine, name).variables.items():
             monkeypatch.setenv(variable, value)
         container_id = engine.docker("inspect", "--format={{.Id}}", name).strip()
-        error = failed_backup(lambda: os.kill(engine.daemon_pid, signal.SIGKILL), tmp_path)
+
+        def kill_the_engine() -> None:
+            # What is over within a second has no guard yet.
+            await_true(lambda: "timeout" in programs_of(container_id), 5)
+            os.kill(engine.daemon_pid, signal.SIGKILL)
+
+        error = failed_backup(kill_the_engine, tmp_path)
         assert error.message.startswith("The Docker engine does not answer")
         # The container, and what runs in it, outlives its engine.
         assert "postgres" in programs_of(container_id)
-        deadline = time.monotonic() + 10
-        while "pg_dump" in programs_of(container_id):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        await_true(lambda: "pg_dump" not in programs_of(container_id), 10)
 
 
 def programs_of(container_id: str) -> set[str]:
