@@ -52,6 +52,7 @@ from kanbu_backup_dagster.orchestration.telling import events_in
 
 BACKUP_JOBS = {"database_backup": BackupType.DATABASE, "source_backup": BackupType.SOURCE}
 _RESTORE_JOBS = {"restore_database": BackupType.DATABASE, "restore_source": BackupType.SOURCE}
+_STORE = "store"
 _DRILL_JOB = "restore_drill"
 _VERIFY_JOBS = ("verify_backup", "verify_pending_backups")
 _PASSING = {"SourceError", "StorageError", "BusyError"}
@@ -149,10 +150,11 @@ def _take(ended: EndedRun, event: DagsterEvent) -> None:
     if kind is DagsterEventType.ASSET_MATERIALIZATION:
         materialization = event.step_materialization_data.materialization
         metadata = materialization.metadata
-        if _type_of(materialization.asset_key) is not None and materialization.partition is not None:
-            ended.stored = materialization
-        else:
+        if _type_of(materialization.asset_key) is None:
             ended.reports.append(metadata)
+        elif event.step_key == _STORE and materialization.partition is not None:
+            # Other steps make known what they find in storage; this run made only what `store` stored.
+            ended.stored = materialization
     elif kind is DagsterEventType.ASSET_OBSERVATION:
         metadata = event.asset_observation_data.asset_observation.metadata
     elif kind is DagsterEventType.ASSET_CHECK_EVALUATION:

@@ -183,6 +183,8 @@ def test_a_receiver_in_every_kind_of_trouble_loses_nothing_and_keeps_the_order(
         for number in range(12)
         for event, error in (("verification.failed", f"bad {number}"), ("backup.failed", f"bad {number}"))
     ]
+    names = [one.event["verification"]["filename"] for one in receiver.accepted[::2]]
+    assert names == [f"kanbu_backup_2026-01-18T02-00-{number:02}.sql.gz" for number in range(12)]
     assert not state(instance).outboxes[WEBHOOK].waiting
     assert len(receiver.attempts) == 24 + 6
     assert len({one.headers["X-Kanbu-Delivery"] for one in receiver.accepted}) == 24
@@ -191,14 +193,21 @@ def test_a_receiver_in_every_kind_of_trouble_loses_nothing_and_keeps_the_order(
 def verification_failing_run(instance: DagsterInstance, number: int) -> str:
     filename = f"kanbu_backup_2026-01-18T02-00-{number:02}.sql.gz"
 
-    @op(name="verify")
-    def verify(context: OpExecutionContext) -> None:
+    @op
+    def store(context: OpExecutionContext) -> int:
         context.log_event(AssetMaterialization(AssetKey("database_backup"), partition=filename))
-        raise Failure(f"bad {number}", metadata={"verification": MetadataValue.text("failed")}, allow_retries=False)
+        return number
+
+    @op
+    def verify(context: OpExecutionContext, stored: int) -> None:
+        found = "kanbu_backup_2020-01-01T00-00-00.sql"  # a file that was there before
+        context.log_event(AssetMaterialization(AssetKey("database_backup"), partition=found))
+        metadata = {"verification": MetadataValue.text("failed")}
+        raise Failure(f"bad {stored}", metadata=metadata, allow_retries=False)
 
     @job(name="database_backup")
     def damaged() -> None:
-        verify()
+        verify(store())
 
     return damaged.execute_in_process(instance=instance, raise_on_error=False).run_id
 
