@@ -2,7 +2,7 @@
 #
 #   make demo        back up a sample database (or DATABASE_URL) through Dagster, and show what is in storage
 #   make demo-stop   stop the demo's server and delete the demo
-#   make test        all tests; ARGS="-k manifest -x" goes to pytest
+#   make test        all tests, two files at a time; ARGS="-k manifest -x" goes to pytest
 #   make check       lint, format, types, layers, and whether Dagster can load the definitions
 #   make bench       the benchmarks; the table and the plot land in benchmarks/
 #   make venv        the environment alone, in .venv
@@ -25,7 +25,7 @@ demo-stop: .venv/embedded
 	@$(BIN)/python demo/run.py --stop
 
 test: .venv/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: .venv/dev
 	$(BIN)/ruff check .
