@@ -22,6 +22,7 @@ from kanbu_backup_dagster.orchestration.restore_source_ops import RESTORE_SOURCE
 from kanbu_backup_dagster.orchestration.run_scope import run_scope
 from kanbu_backup_dagster.orchestration.schedule_asset import schedule_file_asset, with_freshness
 from kanbu_backup_dagster.orchestration.schedules import build_schedules
+from kanbu_backup_dagster.orchestration.settling import settling_sensor
 from kanbu_backup_dagster.orchestration.verify_ops import CHECKS
 
 
@@ -41,7 +42,7 @@ def build_definitions(*, resource_overrides: Mapping[str, Any] | None = None) ->
         asset_checks=[*CHECKS, *DRILL_CHECKS],
         jobs=JOBS,
         schedules=schedules.schedules,
-        sensors=build_sensors(JOBS, schedules.problems),
+        sensors=[*build_sensors(JOBS, schedules.problems), settling_sensor(JOBS)],
         resources={"environment": BackupEnvironment(), "run_scope": run_scope, **(resource_overrides or {})},
         # The stream flows within one op, so a process per op would only add its start: 1.5 seconds each.
         executor=in_process_executor,

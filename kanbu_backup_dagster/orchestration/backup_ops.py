@@ -7,7 +7,7 @@ work, which the library rooms do. `store` alone moves bytes; see `backup.recipe`
 # No `from __future__ import annotations` here: Dagster reads the annotations of ops as objects.
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from dagster import OpExecutionContext, ResourceParam, op
@@ -16,7 +16,7 @@ from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.environment import Environment
 from kanbu_backup_dagster.backup.keys import likely_mistake
 from kanbu_backup_dagster.backup.landing import Origin, Progress, expected_stored_bytes, make_backup
-from kanbu_backup_dagster.backup.manifest import Trigger
+from kanbu_backup_dagster.backup.manifest import Trigger, VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.backup.recipe import Recipe
 from kanbu_backup_dagster.errors import KanbuError, StorageError
@@ -31,7 +31,15 @@ from kanbu_backup_dagster.orchestration.progress import reporter
 from kanbu_backup_dagster.orchestration.register import Register
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.run_scope import RunScope
-from kanbu_backup_dagster.orchestration.tags import RESTORE_DATABASE, SCHEDULE_ID, SCHEDULE_NAME, TRIGGER
+from kanbu_backup_dagster.orchestration.tags import (
+    RESTORE_DATABASE,
+    SCHEDULE_ID,
+    SCHEDULE_NAME,
+    SETTLING,
+    SETTLING_FILE,
+    TRIGGER,
+    WAITING,
+)
 from kanbu_backup_dagster.orchestration.verify_ops import judge, tell_verdict
 from kanbu_backup_dagster.restore.swap import drop_replaced
 from kanbu_backup_dagster.schedule_file import load_schedule_file
@@ -46,11 +54,16 @@ _SHOWN_FILES = 20
 
 @dataclass(frozen=True)
 class StoredBackup:
-    """What `store` hands on: the file's name and type, and for a database how its server was reached."""
+    """What `store` hands on: the file's name and type, and for a database how its server was reached.
+
+    Attributes:
+        settled: Whether it is known to have arrived where it is kept; `verify` finds out.
+    """
 
     filename: str
     type: BackupType
     access: ServerAccess | None = None
+    settled: bool = True
 
 
 def origin_of(context: OpExecutionContext, settings: Settings) -> Origin:
@@ -214,6 +227,9 @@ def verify(context: OpExecutionContext, stored: StoredBackup, environment: Backu
         )
         Register.of_run(context).evaluate(backup, judged.verdict, seconds=judged.seconds)
     tell_verdict(context, backup, judged)
+    if judged.verdict.status is VerificationStatus.PENDING:
+        context.instance.add_run_tags(context.run_id, {SETTLING: WAITING, SETTLING_FILE: stored.filename})
+        return replace(stored, settled=False)
     manifest = backup.manifest
     assert manifest is not None  # a failed verdict ended the step, and only a file with a manifest has another
     if manifest.database is not None and stored.access is not None:

@@ -74,7 +74,7 @@ def restore_source() -> None:
     restore_source_ops.extract(restore_source_ops.validate_source())
 
 
-@job(description="Verifies one backup file.")
+@job(name=tags.VERIFY_BACKUP, description="Verifies one backup file.")
 def verify_backup() -> None:
     verify_ops.verify_one()
 
@@ -95,7 +95,7 @@ def rotate_keys() -> None:
     rotate_ops.rotate()
 
 
-@job(description="Deletes what the retention policies let go, or shows what would go.")
+@job(name=tags.PRUNE_BACKUPS, description="Deletes what the retention policies let go, or shows what would go.")
 def prune_backups() -> None:
     prune_ops.prune_all()
 

@@ -220,6 +220,12 @@ def prune(
 ) -> None:
     with explained():
         loaded = environment.load()
+        if not stored.settled:
+            context.log.info(
+                "[Prune] The backup may not have arrived where it is kept: nothing is deleted until it has."
+            )
+            observe_counts(context, loaded, stored.type)
+            return
         if SCHEDULE_ID not in context.run.tags and not config.without_schedule:
             context.log.info("[Prune] A backup of no schedule: nothing is deleted.")
             observe_counts(context, loaded, stored.type)

@@ -11,7 +11,16 @@ TARGET = "kanbu/target"
 FILE = "kanbu/file"
 DATABASE = "kanbu/database"
 
+# Of a run whose backup waits to arrive at the remote: whether it still does, and the file.
+SETTLING = "kanbu/settling"
+WAITING, ENDED = "waiting", "ended"
+SETTLING_FILE = "kanbu/settling_file"
+# Of the runs that are started once it has arrived: the run that made it.
+SETTLED_FOR = "kanbu/settled_for"
+
 # The one job whose runs make a backup on the way.
 RESTORE_DATABASE = "restore_database"
+VERIFY_BACKUP = "verify_backup"
+PRUNE_BACKUPS = "prune_backups"
 ROTATE_KEYS = "rotate_keys"
 SECOND_ATTEMPT_OF = "kanbu/second_attempt_of"

@@ -45,6 +45,7 @@ from kanbu_backup_dagster.orchestration.progress import reporter
 from kanbu_backup_dagster.orchestration.register import CHECK, Register, verdict_metadata
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.target_lock import Holder, open_locks, storage_name
+from kanbu_backup_dagster.storage.protocol import SETTLED
 
 # Checks of one partition are a preview in Dagster 1.13; a user can do nothing about that.
 warnings.filterwarnings("ignore", message="Specifying a partitions_def", category=PreviewWarning)
@@ -71,6 +72,8 @@ def judge(
 ) -> Judged:
     """Verify a file, held against deletion meanwhile; record the verdict in its manifest and as its state in Dagster.
 
+    One that may not have arrived where it is kept is not judged: it stays `pending`, with the reason.
+
     The check `verified` is the caller's to record.
 
     Raises:
@@ -86,7 +89,15 @@ def judge(
         if not register.knows(backup):
             register.add(backup, loaded.storage.path(backup.filename))
         begun = time.monotonic()
-        verdict = verify(backup, loaded.storage, loaded.keys, deep=deep, on_bytes=on_bytes)
+        # What is still on its way would be read from this machine's own cache.
+        settlement = loaded.storage.settlement(backup.filename) if backup.manifest is not None else SETTLED
+        verdict = (
+            verify(backup, loaded.storage, loaded.keys, deep=deep, on_bytes=on_bytes)
+            if settlement.done
+            else Verification(
+                status=VerificationStatus.PENDING, detail=f"Not known to have arrived: {settlement.reason}"
+            )
+        )
         judged = Judged(verdict, time.monotonic() - begun)
         recorded = loaded.catalog.record_verdict(backup, verdict)
         if not recorded and verdict.status is VerificationStatus.FAILED:
@@ -133,7 +144,8 @@ def tell_verdict(context: OpExecutionContext, backup: Backup, judged: Judged) ->
             allow_retries=False,
         )
     context.add_output_metadata({**verdict_metadata(verdict, judged.seconds)})
-    context.log.info(f"[Verify] {backup.filename}: {verdict.status.value} {verdict.detail}".rstrip())
+    log = context.log.warning if verdict.status is VerificationStatus.PENDING else context.log.info
+    log(f"[Verify] {backup.filename}: {verdict.status.value} {verdict.detail}".rstrip())
 
 
 class VerifyManyConfig(Config):
@@ -151,6 +163,7 @@ def verify_many(context: OpExecutionContext, config: VerifyManyConfig, environme
             backup for backup in loaded.catalog.backups() if config.all or backup.status is VerificationStatus.PENDING
         ]
         bad: list[str] = []
+        waiting = 0
         errors: list[KanbuError] = []
         begun, done, report = time.monotonic(), 0, reporter(context, "verifying", of="Verify")
         total = sum(backup.file.size for backup in backups)
@@ -177,11 +190,16 @@ def verify_many(context: OpExecutionContext, config: VerifyManyConfig, environme
             if judged.verdict.status is VerificationStatus.FAILED:
                 context.log.error(f"{said}: {judged.verdict.detail}")
                 bad.append(f"{backup.filename}: {judged.verdict.detail}")
+            elif judged.verdict.status is VerificationStatus.PENDING:
+                context.log.warning(f"{said}: {judged.verdict.detail}")
+                waiting += 1
             else:
                 context.log.info(said)
         for backup_type in BackupType:
             observe_counts(context, loaded, backup_type)
-        context.add_output_metadata({"verified": len(backups) - len(bad), "failed": len(bad), "bytes": total})
+        context.add_output_metadata(
+            {"verified": len(backups) - len(bad) - waiting, "failed": len(bad), "waiting": waiting, "bytes": total}
+        )
         if bad:
             # Where nothing is damaged, but a key is missing or the storage is away, the run says that.
             kind = type(errors[0]) if len(errors) == len(bad) else KanbuError

@@ -1,0 +1,134 @@
+"""Backups that were still on their way to the remote when their run ended (see `storage.rclone`).
+
+What belongs here: the sensor that asks whether they have arrived, has them verified then, and starts the retention that
+waited for it. What does not: the asking itself (`storage`), verifying and pruning, which are jobs.
+
+The run that made such a backup is tagged; the file's own status decides what comes next, so that nothing is kept here
+and a verification started by hand counts as well.
+"""
+
+# No `from __future__ import annotations` here: Dagster reads the annotations of sensors as objects.
+
+from collections.abc import Iterator
+
+from dagster import (
+    DagsterInstance,
+    DagsterRun,
+    DefaultSensorStatus,
+    JobDefinition,
+    RunRequest,
+    RunsFilter,
+    SensorDefinition,
+    SensorEvaluationContext,
+    SensorResult,
+    SkipReason,
+)
+
+from kanbu_backup_dagster.backup.environment import Environment, load_environment
+from kanbu_backup_dagster.backup.manifest import VerificationStatus
+from kanbu_backup_dagster.errors import BackupNotFoundError, KanbuError
+from kanbu_backup_dagster.orchestration import tags
+from kanbu_backup_dagster.orchestration.schedules import UNFINISHED
+from kanbu_backup_dagster.storage.open import open_storage
+
+SETTLING_SECONDS = 60
+# With one file's answer from the mount and three from its remote control, a tick stays within Dagster's minute.
+_MOUNT_SECONDS = 10.0
+_AT_ONCE = 10
+_VERIFICATIONS = 3
+"""A file whose verification ends without a verdict so often (no key) is left to `verify_pending_backups`."""
+
+
+def settling_sensor(jobs: list[JobDefinition]) -> SensorDefinition:
+    """The sensor `settling`, which starts two of `jobs`."""
+
+    def settling(context: SensorEvaluationContext) -> SensorResult | SkipReason:
+        return _tick(context.instance)
+
+    return SensorDefinition(
+        name="settling",
+        evaluation_fn=settling,
+        jobs=[job for job in jobs if job.name in (tags.VERIFY_BACKUP, tags.PRUNE_BACKUPS)],
+        minimum_interval_seconds=SETTLING_SECONDS,
+        default_status=DefaultSensorStatus.RUNNING,
+        description="Has backups verified that waited in rclone's cache once they have arrived, then starts the "
+        "retention that waited for them.",
+    )
+
+
+def _tick(instance: DagsterInstance) -> SensorResult | SkipReason:
+    runs = instance.get_runs(RunsFilter(tags={tags.SETTLING: tags.WAITING}), limit=_AT_ONCE, ascending=True)
+    if not runs:
+        return SkipReason("No backup is on its way.")
+    requests: list[RunRequest] = []
+    said: list[str] = []
+    try:
+        environment = _impatient(load_environment())
+        for run in runs:
+            how = _next_step(instance, environment, run, requests)
+            said.append(f"{run.tags[tags.SETTLING_FILE]}: {how}")
+    except KanbuError as error:
+        said.append(str(error))
+    return SensorResult(run_requests=requests) if requests else SkipReason("\n".join(said))
+
+
+def _impatient(environment: Environment) -> Environment:
+    settings = environment.settings
+    hurried = settings.model_copy(
+        update={"rclone_timeout_seconds": min(settings.rclone_timeout_seconds, _MOUNT_SECONDS)}
+    )
+    return Environment(settings, environment.keys, open_storage(hurried))
+
+
+def _next_step(instance: DagsterInstance, environment: Environment, run: DagsterRun, requests: list[RunRequest]) -> str:
+    """What is to be done for the backup of `run`, put into `requests`; and how it stands, for people."""
+    filename = run.tags[tags.SETTLING_FILE]
+    try:
+        backup = environment.catalog.get(filename)
+    except BackupNotFoundError:
+        return _end(instance, run, "it was deleted")
+    if backup.status is VerificationStatus.VERIFIED:
+        if tags.SCHEDULE_ID not in run.tags:
+            return _end(instance, run, "verified")
+        if list(_started(instance, run, tags.PRUNE_BACKUPS)):
+            return _end(instance, run, "verified, and retention was started")
+        requests.append(
+            RunRequest(
+                run_key=f"prune after {run.run_id}",
+                job_name=tags.PRUNE_BACKUPS,
+                run_config={"ops": {"prune_all": {"config": {"type": backup.type.value}}}},
+                tags={
+                    tags.SETTLED_FOR: run.run_id,
+                    **{name: run.tags[name] for name in (tags.SCHEDULE_ID, tags.SCHEDULE_NAME) if name in run.tags},
+                },
+            )
+        )
+        return "verified; retention starts"
+    if backup.status is not VerificationStatus.PENDING:
+        return _end(instance, run, backup.status.value)
+    verifications = list(_started(instance, run, tags.VERIFY_BACKUP))
+    if any(one.status in UNFINISHED for one in verifications):
+        return "being verified"
+    if len(verifications) >= _VERIFICATIONS:
+        return _end(instance, run, f"verified {len(verifications)} times without a verdict")
+    settlement = environment.storage.settlement(filename)
+    if not settlement.done:
+        return settlement.reason
+    requests.append(
+        RunRequest(
+            run_key=f"verify after {run.run_id}, {len(verifications)}",
+            job_name=tags.VERIFY_BACKUP,
+            run_config={"ops": {"verify_one": {"config": {"file": filename}}}},
+            tags={tags.SETTLED_FOR: run.run_id},
+        )
+    )
+    return "arrived; verification starts"
+
+
+def _started(instance: DagsterInstance, run: DagsterRun, job_name: str) -> Iterator[DagsterRun]:
+    yield from instance.get_runs(RunsFilter(job_name=job_name, tags={tags.SETTLED_FOR: run.run_id}))
+
+
+def _end(instance: DagsterInstance, run: DagsterRun, how: str) -> str:
+    instance.add_run_tags(run.run_id, {tags.SETTLING: tags.ENDED})
+    return how
