@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kanbu_backup_dagster.sources.commands import STDERR_KEPT_BYTES
-from kanbu_backup_dagster.sources.docker_exec import ExecStream, Frames
+from kanbu_backup_dagster.sources.docker_stream import ExecStream, Frames
 
 
 def frame(kind: int, payload: bytes) -> bytes:
