@@ -20,6 +20,7 @@ from kanbu_backup_dagster.backup.manifest import (
     Verification,
     VerificationStatus,
 )
+from kanbu_backup_dagster.backup.reading import key_of
 from kanbu_backup_dagster.backup.stages import decrypt_unverified
 from kanbu_backup_dagster.errors import KanbuError
 from kanbu_backup_dagster.storage.protocol import Storage
@@ -57,7 +58,7 @@ def adopt(
     """
     if backup.manifest is not None:
         raise KanbuError(f"{backup.filename} has a manifest already.")
-    key = keys.reading(None) if backup.name.encrypted else None
+    key = key_of(backup, storage, keys)
     stored, content = _Seen(), _Seen()
     chunks = stored.of(storage.read(backup.filename), on_bytes)
     contents = read_through(backup.name, content.of(decrypt_unverified(chunks, key) if key else chunks))

@@ -8,7 +8,6 @@ The manifest lands before its file, so a file of ours always has one; a file wit
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 from datetime import datetime
@@ -212,7 +211,7 @@ class Manifest(_Part):
 def _seal(fields: dict[str, Any], key: EncryptionKey) -> str:
     unsealed = {name: value for name, value in fields.items() if name != "seal"}
     canonical = json.dumps(unsealed, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
-    return f"{key.key_id}:{hmac.new(key.seal_key, canonical.encode(), hashlib.sha256).hexdigest()}"
+    return f"{key.key_id}:{hmac.digest(key.seal_key, canonical.encode(), 'sha256').hex()}"
 
 
 def parse_manifest(filename: str, content: bytes, keys: Keyring) -> Manifest:

