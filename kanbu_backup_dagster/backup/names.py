@@ -4,7 +4,7 @@ What belongs here: making, parsing and refusing file names. What does not: wheth
 
 The forms are the users' guide's: `kanbu_backup_2026-01-18T10-30-00.sql.gz[.enc]` and
 `kanbu_source_2026-01-18T10-30-00.tar.gz[.enc]`, times in UTC; Kanbu's older `.sql` and `.sql.enc` are
-read, never written.
+read, never written, as are backups that it left in a folder within the storage (`production/kanbu_backup_...`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MANIFEST_SUFFIX = SIDECAR_SUFFIX
 
 _TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
 _NAME = re.compile(
-    r"kanbu_(?P<kind>backup|source)_(?P<time>\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2})"
+    r"(?:(?P<folder>\w[\w.-]*)/)?kanbu_(?P<kind>backup|source)_(?P<time>\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2})"
     r"\.(?P<format>sql|tar)(?P<gzip>\.gz)?(?P<enc>\.enc)?",
     re.ASCII,
 )
@@ -47,17 +47,19 @@ class BackupName:
         created_at: When it was begun, UTC, whole seconds.
         compressed: Whether it is a gzip stream (inside any encryption).
         encrypted: Whether it is in Kanbu's AES-256-GCM format.
+        folder: The folder it is in within the storage; empty for none, as all of ours are.
     """
 
     type: BackupType
     created_at: datetime
     compressed: bool
     encrypted: bool
+    folder: str = ""
 
     def __str__(self) -> str:
         stem, extension = _STEM[self.type]
         return (
-            f"kanbu_{stem}_{self.created_at.strftime(_TIME_FORMAT)}.{extension}"
+            f"{self.folder and self.folder + '/'}kanbu_{stem}_{self.created_at.strftime(_TIME_FORMAT)}.{extension}"
             f"{'.gz' if self.compressed else ''}{'.enc' if self.encrypted else ''}"
         )
 
@@ -76,7 +78,13 @@ def parse_name(filename: str) -> BackupName | None:
         created_at = datetime(year, month, day, hour, minute, second, tzinfo=timezone.utc)
     except ValueError:
         return None
-    return BackupName(backup_type, created_at, compressed=bool(match["gzip"]), encrypted=bool(match["enc"]))
+    return BackupName(
+        backup_type,
+        created_at,
+        compressed=bool(match["gzip"]),
+        encrypted=bool(match["enc"]),
+        folder=match["folder"] or "",
+    )
 
 
 def require_name(filename: str) -> BackupName:

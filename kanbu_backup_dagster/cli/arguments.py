@@ -8,6 +8,7 @@ from pathlib import Path
 from kanbu_backup_dagster.backup.catalog import Backup, Catalog
 from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.keys import Keyring
+from kanbu_backup_dagster.backup.names import parse_name
 from kanbu_backup_dagster.storage.folder import FolderStorage
 from kanbu_backup_dagster.storage.protocol import Storage
 
@@ -31,6 +32,17 @@ class Found:
         return Catalog(self.storage, self.keys)
 
 
+def name_and_folder(file: str) -> tuple[str, Path | None]:
+    """What `file` names: a backup's name, and the folder it is in if that is another than the configured storage.
+
+    A name may begin with a folder within the storage (`production/kanbu_backup_...`); a path that exists comes first.
+    """
+    path = Path(file)
+    if len(path.parts) == 1 or (parse_name(file) is not None and not path.exists()):
+        return file, None
+    return path.name, path.parent.absolute()
+
+
 def open_backup(file: str) -> Found:
     """The backup that `file` names.
 
@@ -39,9 +51,8 @@ def open_backup(file: str) -> Found:
     """
     environment = load_environment()
     storage: Storage = environment.storage
-    path = Path(file)
-    elsewhere = len(path.parts) > 1 and path.parent.resolve() != Path(storage.location).resolve()
-    if elsewhere:
-        storage = FolderStorage(path.parent.absolute(), variable="the path given")
-    backup = Catalog(storage, environment.keys).get(path.name if len(path.parts) > 1 else file)
-    return Found(backup, storage, environment.keys, elsewhere)
+    name, folder = name_and_folder(file)
+    elsewhere = folder is not None and folder.resolve() != Path(storage.location).resolve()
+    if folder is not None and elsewhere:
+        storage = FolderStorage(folder, variable="the path given")
+    return Found(Catalog(storage, environment.keys).get(name), storage, environment.keys, elsewhere)

@@ -83,7 +83,7 @@ def decrypt(file: str, output: str | None, as_json: bool) -> None:
             sys.stdout.buffer.write(chunk)
         sys.stdout.buffer.flush()
         return
-    target = Path(output or found.backup.filename.removesuffix(".enc"))
+    target = Path(output or Path(found.backup.filename).name.removesuffix(".enc"))
     written = 0
     with _new_file(target) as handle:
         for chunk in chunks:

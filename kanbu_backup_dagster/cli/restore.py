@@ -14,6 +14,7 @@ from pydantic import SecretStr
 
 from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.environment import database_url, load_environment
+from kanbu_backup_dagster.cli.arguments import name_and_folder
 from kanbu_backup_dagster.cli.bars import byte_bar
 from kanbu_backup_dagster.cli.main import cli
 from kanbu_backup_dagster.errors import RestoreError
@@ -56,10 +57,10 @@ def restore(
     """
     if into is None and yes and confirm is None:
         raise click.UsageError("--yes needs --confirm NAME, the name of the database that is replaced.")
-    path = Path(file)
+    name, folder = name_and_folder(file)
     request = RestoreRequest(
-        file=path.name if len(path.parts) > 1 else file,
-        folder=str(path.parent.absolute()) if len(path.parts) > 1 else None,
+        file=name,
+        folder=str(folder) if folder is not None else None,
         target_database=target_database,
         force=force,
     )

@@ -126,26 +126,42 @@ class FolderStorage:
         incoming.discard()
 
     def files(self) -> list[StoredFile]:
-        with self._translated("list"), os.scandir(self._folder) as entries:
+        with self._translated("list"):
             return sorted(
                 (
-                    _stored_file(entry.name, entry.stat(follow_symlinks=False))
-                    for entry in entries
-                    if not entry.name.startswith(".")
-                    and not entry.name.endswith(SIDECAR_SUFFIX)
-                    and entry.is_file(follow_symlinks=False)
+                    _stored_file(name, entry.stat(follow_symlinks=False))
+                    for name, entry in self._entries()
+                    if not name.endswith(SIDECAR_SUFFIX)
                 ),
                 key=lambda file: file.name,
             )
 
     def sidecars(self) -> list[str]:
         with self._translated("list"):
-            names = os.listdir(self._folder)
-        return sorted(
-            name.removesuffix(SIDECAR_SUFFIX)
-            for name in names
-            if name.endswith(SIDECAR_SUFFIX) and not name.startswith(".")
-        )
+            return sorted(
+                name.removesuffix(SIDECAR_SUFFIX) for name, _ in self._entries() if name.endswith(SIDECAR_SUFFIX)
+            )
+
+    def _entries(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """Every file, with its name: those of the folder, then those of each folder within that may be read."""
+        inner = []
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_file(follow_symlinks=False):
+                    yield entry.name, entry
+                elif entry.is_dir(follow_symlinks=False):
+                    inner.append(entry.name)
+        for folder in inner:
+            try:
+                with os.scandir(self._folder / folder) as entries:
+                    found = [entry for entry in entries if not entry.name.startswith(".")]
+            except (PermissionError, FileNotFoundError):  # lost+found for one: nobody's backups
+                continue
+            for entry in found:
+                if entry.is_file(follow_symlinks=False):
+                    yield f"{folder}/{entry.name}", entry
 
     def find(self, name: str) -> StoredFile | None:
         with self._translated("read"):
@@ -176,15 +192,16 @@ class FolderStorage:
                 temporary.replace(self._sidecar(name))
             finally:
                 temporary.unlink(missing_ok=True)
-            _sync_folder(self._folder)
+            _sync_folder(self._entry(name).parent)
             return True
 
     def delete(self, name: str) -> None:
         with self._translated("delete from"), self._locked():
-            self._entry(name).unlink()
-            _sync_folder(self._folder)
+            entry = self._entry(name)
+            entry.unlink()
+            _sync_folder(entry.parent)
             self._sidecar(name).unlink(missing_ok=True)
-            _sync_folder(self._folder)
+            _sync_folder(entry.parent)
 
     def remove_leftovers(self) -> list[str]:
         removed = []
@@ -235,8 +252,11 @@ class FolderStorage:
         return f"{self.location}/{self._entry(name).relative_to(self._folder)}"
 
     def _entry(self, name: str) -> Path:
-        if not name or name.startswith(".") or "/" in name or "\0" in name:
+        parts = name.split("/")
+        if len(parts) > 2 or "\0" in name or any(not part or part.startswith(".") for part in parts):
             raise ValueError(f"not a plain file name: {name!r}")
+        if len(parts) == 2 and (self._folder / parts[0]).is_symlink():
+            raise self._inaccessible(f"{self.location}/{parts[0]} is a link; links are not followed.")
         return self._folder / name
 
     def _sidecar(self, name: str) -> Path:

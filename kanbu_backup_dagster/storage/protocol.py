@@ -3,7 +3,8 @@
 What belongs here: the contract. What does not: any file system call.
 
 A storage keeps *files*, each with a small *sidecar* (`<file>.manifest.json`). Names are plain: no folder, no leading
-dot. Every method raises `StorageError` when the place cannot be reached or trusted; none leaves half a file under a
+dot. Files that another program left in a folder within (`production/x`) are kept under that name; new ones never go
+there. Every method raises `StorageError` when the place cannot be reached or trusted; none leaves half a file under a
 listed name.
 """
 
@@ -90,7 +91,7 @@ class Storage(Protocol):
         """Begin a new file."""
 
     def files(self) -> list[StoredFile]:
-        """All files with plain names, sidecars left out, in order of name."""
+        """All files, also those in folders within, one deep; sidecars left out, in order of name."""
 
     def sidecars(self) -> list[str]:
         """Names of the files that a sidecar exists for, whether the file does or not, in order."""

@@ -15,7 +15,7 @@ KEYS = {"hex": HEX_KEY, "ascii": "my-super-secure-passphrase-2026", "unicode": "
 SIZES = [0, 1, 15, 16, 17, (1 << 20) - 1, 1 << 20, (1 << 20) + 1]
 
 # Kanbu's form, said in Node: reads a file, writes a file; the key comes in the environment.
-_SCRIPT = """
+NODE_SCRIPT = """
 const crypto = require('crypto'), fs = require('fs');
 const [mode, from, to] = process.argv.slice(2);
 const text = process.env.KEY_UNDER_TEST;
@@ -39,7 +39,7 @@ if (mode === 'encrypt') {
 @pytest.mark.parametrize("key", KEYS.values(), ids=KEYS.keys())
 def test_node_and_we_read_one_another(node: str, tmp_path: Path, key: str, size: int) -> None:
     script = tmp_path / "kanbu.js"
-    script.write_text(_SCRIPT)
+    script.write_text(NODE_SCRIPT)
     plain, ours, theirs, back = (tmp_path / name for name in ("plain", "ours", "theirs", "back"))
     content = bytes(range(256)) * (size // 256 + 1)
     plain.write_bytes(content[:size])

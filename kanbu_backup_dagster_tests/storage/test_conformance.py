@@ -198,7 +198,7 @@ def test_reading_may_end_early(storage: Storage) -> None:
 
 
 def test_names_with_folders_never_reach_the_file_system(storage: Storage) -> None:
-    for name in ("../x", "/etc/passwd", ".kanbu-storage", "", "a\0b"):
+    for name in ("../x", "/etc/passwd", ".kanbu-storage", "", "a\0b", "a/b/c", "a/", "a/.b", "./a", "a/../b"):
         with pytest.raises(ValueError, match="not a plain file name"):
             storage.find(name)
 
@@ -208,6 +208,24 @@ def test_a_folder_is_no_file(place: Place, storage: Storage) -> None:
     assert storage.files() == []
     assert storage.find("kanbu_0") is None
     assert put(storage) == "kanbu_1"
+
+
+def test_files_that_another_program_left_in_a_folder_within_are_listed_read_and_deleted(
+    place: Place, storage: Storage
+) -> None:
+    (place.folder / "production").mkdir()
+    (place.folder / "production" / "kanbu_7").write_bytes(b"theirs")
+    name = put(storage)
+    theirs = "production/kanbu_7"
+    assert [(file.name, file.size) for file in storage.files()] == [(name, 7), (theirs, 6)]
+    assert b"".join(storage.read(theirs)) == b"theirs"
+    assert storage.read_sidecar(theirs) is None
+    storage.replace_sidecar(theirs, b"about theirs")
+    assert storage.read_sidecar(theirs) == b"about theirs"
+    assert storage.sidecars() == [name, theirs]
+    assert Path(storage.path(theirs)) == place.folder / theirs
+    storage.delete(theirs)
+    assert list((place.folder / "production").iterdir()) == []
 
 
 def test_what_is_not_a_leftover_stays(place: Place, storage: Storage) -> None:

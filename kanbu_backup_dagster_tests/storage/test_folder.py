@@ -179,6 +179,19 @@ def _put_one(path: Path) -> str:
     return put(FolderStorage(path), os.urandom(1000))
 
 
+def test_no_link_leads_out_of_the_folder(storage: FolderStorage, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kanbu_0").write_bytes(b"not a backup of this storage")
+    folder = Path(storage.location)
+    (folder / "production").symlink_to(outside)
+    (folder / "kanbu_0").symlink_to(outside / "kanbu_0")
+    assert storage.files() == []
+    assert storage.find("kanbu_0") is None
+    with pytest.raises(StorageError, match="links are not followed"):
+        storage.find("production/kanbu_0")
+
+
 def test_many_writers_at_once_each_get_a_name(tmp_path: Path) -> None:
     storage = FolderStorage(tmp_path)
     storage.prepare()
