@@ -115,12 +115,14 @@ class Serving:
         return pid
 
     def kill(self) -> None:
-        """Leave nothing behind, whatever state it is in."""
-        for pid in self.processes():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        """Leave nothing behind, whatever state it is in: what was being started meanwhile included."""
+        while living := self.processes():
+            for pid in living:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.05)
         if self.process is not None:
             self.process.wait(10)
 
