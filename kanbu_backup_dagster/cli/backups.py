@@ -15,7 +15,7 @@ from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.reading import content, prove
 from kanbu_backup_dagster.cli.arguments import open_backup
 from kanbu_backup_dagster.cli.bars import byte_bar
-from kanbu_backup_dagster.cli.main import cli
+from kanbu_backup_dagster.cli.group import cli
 from kanbu_backup_dagster.errors import KanbuError
 
 

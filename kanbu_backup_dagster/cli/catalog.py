@@ -10,7 +10,7 @@ from kanbu_backup_dagster.backup.adoption import adopt as adopt_file
 from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.cli.arguments import Found, open_backup
 from kanbu_backup_dagster.cli.bars import byte_bar
-from kanbu_backup_dagster.cli.main import cli
+from kanbu_backup_dagster.cli.group import cli
 from kanbu_backup_dagster.errors import KanbuError
 
 

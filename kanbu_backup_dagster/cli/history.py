@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kanbu_backup_dagster.cli.main import cli
+from kanbu_backup_dagster.cli.group import cli
 
 
 @cli.command()

@@ -19,7 +19,7 @@ from kanbu_backup_dagster.backup.keys import Keyring, likely_mistake
 from kanbu_backup_dagster.backup.manifest import VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.cli.arguments import open_backup
-from kanbu_backup_dagster.cli.main import cli
+from kanbu_backup_dagster.cli.group import cli
 from kanbu_backup_dagster.errors import KanbuError
 from kanbu_backup_dagster.restore.staging import find_staging
 from kanbu_backup_dagster.restore.swap import find_replaced

@@ -16,7 +16,7 @@ from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.environment import database_url, load_environment
 from kanbu_backup_dagster.cli.arguments import name_and_folder
 from kanbu_backup_dagster.cli.bars import byte_bar
-from kanbu_backup_dagster.cli.main import cli
+from kanbu_backup_dagster.cli.group import cli
 from kanbu_backup_dagster.errors import RestoreError
 from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
 from kanbu_backup_dagster.restore.plan import OVERWRITES, PRE_RESTORE, RestoreRequest, judge_file, look_at

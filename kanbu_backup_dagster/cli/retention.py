@@ -14,7 +14,7 @@ from rich.table import Table
 from kanbu_backup_dagster.backup.environment import Environment, load_environment
 from kanbu_backup_dagster.backup.names import BackupType, parse_name
 from kanbu_backup_dagster.backup.pruning import PrunePlan, Stranger, plan_prune
-from kanbu_backup_dagster.cli.main import cli
+from kanbu_backup_dagster.cli.group import cli
 from kanbu_backup_dagster.errors import SettingsError
 from kanbu_backup_dagster.schedule_file import (
     RetentionPolicy,

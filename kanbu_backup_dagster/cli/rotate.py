@@ -11,7 +11,7 @@ import click
 from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.rotation import Action, Planned, plan, require_current
 from kanbu_backup_dagster.cli.bars import byte_bar
-from kanbu_backup_dagster.cli.main import cli
+from kanbu_backup_dagster.cli.group import cli
 
 _WHAT = {
     Action.RE_ENCRYPT: "needs key {key}: to be re-encrypted",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from kanbu_backup_dagster.cli.main import cli
+from kanbu_backup_dagster.cli.group import cli
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 

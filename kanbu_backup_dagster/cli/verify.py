@@ -14,7 +14,7 @@ from kanbu_backup_dagster.backup.manifest import VerificationStatus
 from kanbu_backup_dagster.backup.verification import verify as verify_file
 from kanbu_backup_dagster.cli.arguments import Found, open_backup
 from kanbu_backup_dagster.cli.bars import byte_bar
-from kanbu_backup_dagster.cli.main import EXIT_FAILED, cli
+from kanbu_backup_dagster.cli.group import EXIT_FAILED, cli
 
 _FAILED = VerificationStatus.FAILED.value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
 import subprocess
@@ -10,8 +11,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 
+from kanbu_backup_dagster.cli import group
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
 
 Configure = Callable[..., Path]
@@ -115,3 +118,14 @@ def test_mistakes_end_in_a_message_and_a_code_of_their_own(configure: Configure,
     (tmp_path / "store").mkdir()
     assert kanbu("list").stdout.decode().startswith("No backups in")
     assert kanbu("frobnicate").returncode == 2
+
+
+def test_every_command_is_found_and_explained() -> None:
+    """The group names each command's module; a command it does not name could not be called."""
+    folder = Path(group.__file__).parent
+    for module in folder.glob("[a-z]*.py"):
+        if module.stem != "main":
+            importlib.import_module(f"kanbu_backup_dagster.cli.{module.stem}")
+    assert sorted(group.cli.commands) == group.cli.list_commands(click.Context(group.cli))
+    helped = kanbu("--help").stdout.decode()
+    assert all(f"  {name} " in helped for name in group.cli.commands)

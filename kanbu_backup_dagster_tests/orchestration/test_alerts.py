@@ -37,7 +37,7 @@ from dagster import (
 
 from kanbu_backup_dagster.cli import inspect as _inspect  # noqa: F401  # commands register on import
 from kanbu_backup_dagster.cli import schedules as _schedules  # noqa: F401
-from kanbu_backup_dagster.cli.main import cli
+from kanbu_backup_dagster.cli.group import cli
 from kanbu_backup_dagster.errors import KanbuError
 from kanbu_backup_dagster.notifications import delivery
 from kanbu_backup_dagster.notifications.delivery import Limits

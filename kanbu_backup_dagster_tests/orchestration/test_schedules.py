@@ -24,8 +24,7 @@ from dagster import (
 from dagster._core.workspace.load_target import WorkspaceFileTarget
 from dagster._utils.schedules import schedule_execution_time_iterator
 
-from kanbu_backup_dagster.cli import schedules as _registered  # noqa: F401
-from kanbu_backup_dagster.cli.main import cli
+from kanbu_backup_dagster.cli.group import cli
 from kanbu_backup_dagster.definitions import build_definitions
 from kanbu_backup_dagster.orchestration import tags
 from kanbu_backup_dagster.orchestration.configuration import load_configuration, refusal
