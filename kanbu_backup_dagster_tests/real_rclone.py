@@ -20,7 +20,7 @@ from kanbu_backup_dagster.storage.rclone import RcloneStorage
 from kanbu_backup_dagster.storage.remote_control import RemoteControl
 
 _LOGIN = ("kanbu", "a password that only tests know")
-_IMPATIENT = ("--low-level-retries", "1", "--retries", "1", "--timeout", "5s", "--contimeout", "5s")
+_IMPATIENT = ("--retries", "1", "--timeout", "5s", "--contimeout", "5s")
 
 
 def missing_for_a_mount() -> str | None:
@@ -41,10 +41,17 @@ class RcloneMount:
         cache_mode: Of the mount: off, minimal, writes or full.
         served_by: webdav or sftp.
         write_back: How long the mount's cache keeps a file before it uploads it.
+        tries: How often rclone tries a request; its own default is 10, which makes failures slow.
     """
 
     def __init__(
-        self, root: Path, cache_mode: str = "off", *, served_by: str = "webdav", write_back: str = "100ms"
+        self,
+        root: Path,
+        cache_mode: str = "off",
+        *,
+        served_by: str = "webdav",
+        write_back: str = "100ms",
+        tries: int = 1,
     ) -> None:
         self.backing, self.point, self._cache = root / "backing", root / "mount", root / "cache"
         for folder in (self.backing, self.point, self._cache):
@@ -52,6 +59,7 @@ class RcloneMount:
         self.cache_mode = cache_mode
         self._served_by = served_by
         self._write_back = write_back
+        self._tries = ("--low-level-retries", str(tries))
         self._configuration = root / "rclone.conf"
         self._port, self._control_port = _free_port(), _free_port()
         self._log = root / "log"
@@ -68,7 +76,7 @@ class RcloneMount:
     def _run(self, *arguments: str | Path) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
             return subprocess.Popen(
-                ["rclone", *arguments, "--config", self._configuration, *_IMPATIENT],
+                ["rclone", *arguments, "--config", self._configuration, *_IMPATIENT, *self._tries],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

@@ -295,6 +295,7 @@ class FolderStorage:
             errno.ENOENT: "Is the volume mounted? Does the folder exist?",
             errno.EROFS: "The file system is mounted read-only.",
             errno.ENOTCONN: "The mount's process has died: mount it again.",
+            errno.ECONNABORTED: "The mount's process has died: mount it again.",
         }.get(error.errno or 0, "Check that the folder exists and that this user may write to it.")
         return os.strerror(error.errno) if error.errno else str(error), advice
 

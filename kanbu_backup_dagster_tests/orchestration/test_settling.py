@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dagster._core.definitions.run_request import RunRequest
 
 from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.manifest import VerificationStatus
+from kanbu_backup_dagster.cli import main as command_line
 from kanbu_backup_dagster.orchestration import tags
 from kanbu_backup_dagster.orchestration.jobs import JOBS
 from kanbu_backup_dagster.orchestration.run_here import run_job
@@ -36,7 +38,11 @@ def start(request: RunRequest) -> bool:
 
 @pytest.mark.real("rclone")
 def test_what_waits_in_the_cache_is_verified_once_it_has_arrived_and_then_pruned(
-    configure: Callable[..., Path], newest_postgres: PostgresForTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configure: Callable[..., Path],
+    newest_postgres: PostgresForTest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     missing = missing_for_a_mount()
     if missing is not None:
@@ -64,6 +70,14 @@ def test_what_waits_in_the_cache_is_verified_once_it_has_arrived_and_then_pruned
             shown = {name: outputs["store"][name].value for name in ("mount", "remote", "cache_mode")}
             assert shown == {"mount": str(mount.point), "remote": "remote:", "cache_mode": "writes"}
             assert "database_plan" not in outputs["prune"]
+        monkeypatch.setattr("sys.argv", ["kanbu-backup", "status", "--json"])
+        command_line.main()
+        told = json.loads(capsys.readouterr().out)["storage"]
+        assert {name: told[name] for name in ("kind", "accessible", *shown)} == {
+            "kind": "gdrive",
+            "accessible": True,
+            **shown,
+        }
         assert "BACKUP_RCLONE_RC_ADDR is not set" in tick()
 
         monkeypatch.setenv("BACKUP_RCLONE_RC_ADDR", mount.control_address)

@@ -42,7 +42,7 @@ def mounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, 
             pytest.skip(missing)
         if (served_by, cache_mode) not in made:
             root = tmp_path_factory.mktemp(f"{served_by}-{cache_mode}")
-            made[served_by, cache_mode] = RcloneMount(root, cache_mode, served_by=served_by)
+            made[served_by, cache_mode] = RcloneMount(root, cache_mode, served_by=served_by, tries=10)
         return made[served_by, cache_mode]
 
     yield mount
@@ -156,6 +156,8 @@ def test_a_sidecar_that_cannot_be_made_leaves_nothing(place: Place, storage: Sto
 
 def test_a_sidecar_is_replaced_and_a_file_deleted_with_it(place: Place, storage: Storage) -> None:
     kept, gone = put(storage), put(storage)
+    # What is deleted while rclone is uploading it comes back; retention deletes what is old.
+    until(lambda: storage.settlement(kept).done and storage.settlement(gone).done, "both have settled")
     storage.replace_sidecar(kept, b"more is known")
     assert storage.read_sidecar(kept) == b"more is known"
     storage.delete(gone)
