@@ -26,7 +26,7 @@ from dagster import (
 
 from kanbu_backup_dagster.backup.environment import Environment, load_environment
 from kanbu_backup_dagster.backup.manifest import VerificationStatus
-from kanbu_backup_dagster.errors import BackupNotFoundError, KanbuError
+from kanbu_backup_dagster.errors import KanbuError
 from kanbu_backup_dagster.orchestration import tags
 from kanbu_backup_dagster.orchestration.schedules import UNFINISHED
 from kanbu_backup_dagster.storage.open import open_storage
@@ -83,10 +83,13 @@ def _impatient(environment: Environment) -> Environment:
 def _next_step(instance: DagsterInstance, environment: Environment, run: DagsterRun, requests: list[RunRequest]) -> str:
     """What is to be done for the backup of `run`, put into `requests`; and how it stands, for people."""
     filename = run.tags[tags.SETTLING_FILE]
-    try:
-        backup = environment.catalog.get(filename)
-    except BackupNotFoundError:
+    # Its manifest is not opened before it has arrived: that would have rclone wait anew until it uploads it.
+    if environment.storage.find(filename) is None:
         return _end(instance, run, "it was deleted")
+    settlement = environment.storage.settlement(filename)
+    if not settlement.done:
+        return settlement.reason
+    backup = environment.catalog.get(filename)
     if backup.status is VerificationStatus.VERIFIED:
         if tags.SCHEDULE_ID not in run.tags:
             return _end(instance, run, "verified")
@@ -111,9 +114,6 @@ def _next_step(instance: DagsterInstance, environment: Environment, run: Dagster
         return "being verified"
     if len(verifications) >= _VERIFICATIONS:
         return _end(instance, run, f"verified {len(verifications)} times without a verdict")
-    settlement = environment.storage.settlement(filename)
-    if not settlement.done:
-        return settlement.reason
     requests.append(
         RunRequest(
             run_key=f"verify after {run.run_id}, {len(verifications)}",

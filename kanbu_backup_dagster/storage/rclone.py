@@ -80,11 +80,11 @@ class RcloneStorage:
         try:
             if process is not None and self._control.process_id() != process.pid:
                 return Settlement(False, f"{kept}, and BACKUP_RCLONE_RC_ADDR is another rclone's than the mount's")
-            file, sidecar = self.find(name), self.read_sidecar(name)
-            sizes = {name: file.size if file else -1}
-            if sidecar is not None:
-                sizes[name + SIDECAR_SUFFIX] = len(sidecar)
-            return self._control.settlement(remote, {str(worker.folder / one): size for one, size in sizes.items()})
+            # Looked at, never opened: that would have rclone wait anew until it uploads them.
+            files = [file for one in (name, name + SIDECAR_SUFFIX) if (file := self.find(one)) is not None]
+            if not files:
+                return Settlement(False, "there is no such file")
+            return self._control.settlement(remote, {str(worker.folder / file.name): file.size for file in files})
         except StorageError as error:
             return Settlement(False, f"{kept}, and {error.message}")
 

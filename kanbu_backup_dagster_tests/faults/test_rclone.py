@@ -181,6 +181,17 @@ def test_a_cached_backup_is_unsettled_until_the_remote_has_it(mounted: Callable[
     assert mount.on_remote() == {name: MIB * 4, f"{name}.manifest.json": b"about it"}
 
 
+def test_asking_often_does_not_postpone_the_upload(mounted: Callable[..., RcloneMount]) -> None:
+    """Whenever a file is opened, rclone waits anew until it uploads it."""
+    mount = mounted("full", write_back="2s")
+    storage = mount.storage()
+    storage.prepare()
+    name = put(storage)
+    assert not storage.settlement(name).done
+    until(lambda: storage.settlement(name).done, "the file has settled")
+    assert mount.on_remote() == {name: MIB, f"{name}.manifest.json": b"about it"}
+
+
 def test_another_mounts_remote_control_proves_nothing(mounted: Callable[..., RcloneMount], tmp_path: Path) -> None:
     mount = mounted("writes")
     storage = mount.storage()
