@@ -15,6 +15,7 @@ import errno
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -165,6 +166,10 @@ def outcome(work: Callable[[], Any]) -> tuple[str, Any]:
         return ("done", work())
     except (StorageError, ValueError) as error:
         return ("failed", error)
+    except (EOFError, ConnectionError):  # nobody asks any more
+        raise
+    except Exception:  # noqa: BLE001  # a fault in our own code, told where it can be seen
+        return ("failed", RuntimeError(traceback.format_exc()))
 
 
 def main(descriptor: int, path: str) -> None:

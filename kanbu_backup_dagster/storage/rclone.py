@@ -215,6 +215,9 @@ class _Worker:
                 [sys.executable, "-m", mount_worker.__name__, str(its.fileno()), str(path)],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
+                # Whoever reads what we print would wait for a worker that hangs.
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
                 # A key pressed in the terminal is for us; the worker ends when we close the pipe.
                 start_new_session=True,
                 env={"PYTHONPATH": str(Path(kanbu_backup_dagster.__file__).parents[1])},

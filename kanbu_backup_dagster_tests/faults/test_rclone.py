@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +32,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., RcloneMount]]:
         pytest.skip(missing)
     made: list[RcloneMount] = []
 
-    def mount(cache_mode: str = "off", **options: str) -> RcloneMount:
+    def mount(cache_mode: str = "off", **options: Any) -> RcloneMount:
         made.append(RcloneMount(tmp_path / "rclone", cache_mode, **options))
         return made[-1]
 
@@ -135,6 +137,40 @@ def test_a_hanging_rclone_holds_nobody_else(mounted: Callable[..., RcloneMount])
         assert time.monotonic() - begun < 5
     mount.mount.send_signal(signal.SIGCONT)
     assert put(mount.storage()) == "kanbu_0"
+
+
+def test_a_command_ends_in_time_although_its_call_cannot_be_ended(mounted: Callable[..., RcloneMount]) -> None:
+    """rclone has taken the request and waits for its server: not even SIGKILL ends the call."""
+    mount = mounted(tries=4)
+    mount.storage().prepare()
+    time.sleep(1.1)  # until rclone no longer answers from its cache
+    mount.server.send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    command = subprocess.run(
+        [sys.executable, "-m", "kanbu_backup_dagster.cli", "list"],
+        env={
+            **os.environ,
+            **mount.variables,
+            "BACKUP_RCLONE_TIMEOUT_SECONDS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    took = time.monotonic() - begun
+    held = [process for process in Path("/proc").glob("[0-9]*") if holds(process, mount.point)]
+    assert "did not answer within 1 s" in command.stderr
+    assert took < 12
+    assert held, "the call is still under way, or this test shows nothing"
+
+
+def holds(process: Path, point: Path) -> bool:
+    """Whether `process` is a worker that stands in the mount."""
+    try:
+        return (process / "cwd").readlink() == point
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("when", ["before", "in mid-write"])
