@@ -9,18 +9,25 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO, cast
 
+from typing_extensions import Self
+
 from kanbu_backup_dagster.errors import CorruptBackupError
 
 _CHUNK = 1 << 20
 
 
 class ArchiveReader:
-    """Chunks as a file that can be read and skipped, which is all `tarfile` does with an archive it only walks."""
+    """Chunks as a file that can be read and skipped, which is all `tarfile` does with an archive it only walks.
+
+    Attributes:
+        last_read: What the last `read` gave.
+    """
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
         self._rest = memoryview(b"")
         self._position = 0
+        self.last_read = b""
 
     def tell(self) -> int:
         """Bytes read or skipped so far."""
@@ -45,21 +52,23 @@ class ArchiveReader:
             self._position += len(part)
             size -= len(part)
             parts.append(part)
-        return b"".join(parts)
+        self.last_read = b"".join(parts)
+        return self.last_read
 
 
 class _Member(tarfile.TarInfo):
-    """A header; anything but a good one is an error, where `tarfile` takes it for the archive's end."""
+    """An entry; anything but a good header is an error, where `tarfile` takes it for the archive's end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
-        if len(buf) != tarfile.BLOCKSIZE:
-            raise CorruptBackupError("The archive in the backup is cut short.")
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
         try:
-            return super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(archive)
         except tarfile.HeaderError as error:
-            if buf.count(0) == tarfile.BLOCKSIZE:  # the block that ends an archive
+            block = cast(ArchiveReader, archive.fileobj).last_read
+            if block == bytes(tarfile.BLOCKSIZE):  # what ends an archive
                 raise
+            if len(block) < tarfile.BLOCKSIZE:
+                raise CorruptBackupError("The archive in the backup is cut short.") from None
             raise CorruptBackupError(f"The archive in the backup is damaged: {error}.") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import resource
@@ -193,9 +194,8 @@ def test_a_malicious_archive_is_refused_whole(place: Path, attack: str, existing
     (outside / "victim").write_text("unharmed")
     entries = [GOOD]
     for member, content in MALICIOUS[attack]:
-        changed = member.replace(
-            name=member.name.format(outside=outside), linkname=member.linkname.format(outside=outside)
-        )
+        changed = copy.copy(member)
+        changed.name, changed.linkname = (name.format(outside=outside) for name in (member.name, member.linkname))
         entries.append((changed, content))
     if existing:
         (place / "out").mkdir()
