@@ -1,4 +1,4 @@
-"""The main job against what a shell would do: speed, size, verification, and memory by size of dump."""
+"""The main job against what a shell would do: speed, size and verification."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from pathlib import Path
 
 from dagster import DagsterEventType, DagsterInstance
 
-from benchmarks.board import board, grow
+from benchmarks.board import board
 from benchmarks.measuring import RATIO_HEADER, Measured, Report, interleaved, process
 from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.orchestration.dagster_home import ensure_home
 from kanbu_backup_dagster.sources.embedded_postgres import EmbeddedPostgres
 
 GIGABYTES = float(os.environ.get("KANBU_BENCH_GB", "2"))
-MEMORY_SIZES = [float(size) for size in os.environ.get("KANBU_BENCH_MEMORY_GB", "0.1,1,4").split(",")]
 _DEFINITIONS = "kanbu_backup_dagster.definitions"
 _JOB = [sys.executable, "-m", "dagster", "job", "execute", "-m", _DEFINITIONS, "-j", "database_backup"]
 
 
-class _Bench:
-    """A folder for everything, and the environment that points there."""
+class JobBench:
+    """The job with a folder for everything it makes, and the environment that points there."""
 
     def __init__(self, folder: Path, server: EmbeddedPostgres, url: str) -> None:
         self.store, self.home = folder / "store", folder / "dagster"
@@ -44,6 +43,7 @@ class _Bench:
         self.store.mkdir()
 
     def job(self) -> Measured:
+        """Run the job as a process of its own, in a Dagster home and a storage that hold nothing yet."""
         self.clear()
         shutil.rmtree(self.home)
         ensure_home()
@@ -62,35 +62,17 @@ class _Bench:
 
     @property
     def dump(self) -> str:
+        """The shell's command for the dump alone."""
         return f"{self.server.bin_folder / 'pg_dump'} -d '{os.environ['DATABASE_URL']}'"
 
 
 def run() -> list[Report]:
-    """Speed and size at `GIGABYTES`, then the worker's memory at each of `MEMORY_SIZES`."""
-    with tempfile.TemporaryDirectory(prefix="kanbu-bench-") as folder, board(min(MEMORY_SIZES)) as (server, url):
-        bench = _Bench(Path(folder), server, url)
-        sizes = sorted({*MEMORY_SIZES, GIGABYTES})
-        memory = Report("Memory of the worker", ("dump", "stored", "peak of the worker's process"))
-        reports = []
-        for size in sizes:
-            grow(server, "kanbu", size)
-            if size == GIGABYTES:
-                reports.append(_speed(bench))
-            if size in MEMORY_SIZES:
-                measured = bench.job()
-                (backup,) = load_environment().catalog.backups()
-                assert backup.manifest is not None
-                memory.rows.append(
-                    (
-                        f"{backup.manifest.raw_bytes / 1e9:.2f} GB",
-                        f"{backup.manifest.stored_bytes / 1e9:.2f} GB",
-                        f"{measured.peak_mb:.0f} MB",
-                    )
-                )
-        return [*reports, memory]
+    """Speed and size at `GIGABYTES`."""
+    with tempfile.TemporaryDirectory(prefix="kanbu-bench-") as folder, board(GIGABYTES) as (server, url):
+        return [_speed(JobBench(Path(folder), server, url))]
 
 
-def _speed(bench: _Bench) -> Report:
+def _speed(bench: JobBench) -> Report:
     stored: list[float] = []
     verified: list[float] = []
 
