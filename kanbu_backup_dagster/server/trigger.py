@@ -209,6 +209,9 @@ class TriggerEndpoint:
 
 
 def _wait_seconds(request: Request) -> float:
+    if unknown := sorted(set(request.query_params) - {"wait"}):
+        # A misspelt `wait` would otherwise be answered at once, and taken for the backup's end.
+        raise _Refused(422, "invalid", f"{unknown[0][:40]!r} is not a parameter; there is `wait`.")
     given = request.query_params.get("wait")
     if given is None:
         return 0.0

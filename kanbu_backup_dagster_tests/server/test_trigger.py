@@ -17,6 +17,7 @@ import requests
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
+from schemathesis.core.parameters import ParameterLocation
 from schemathesis.generation import GenerationMode
 
 from kanbu_backup_dagster.backup.manifest import Manifest
@@ -220,6 +221,9 @@ def test_the_answers_are_those_of_the_openapi_document(web_only: Serving, operat
     def answers_as_described(case: schemathesis.Case) -> None:
         if isinstance(case.query.get("wait"), (int, float)) and case.query["wait"] > 0:
             case.query["wait"] = min(case.query["wait"], 0.01) if case.query["wait"] <= 3600 else case.query["wait"]
+        wrong = {place for place, part in case.meta.components.items() if part.mode is GenerationMode.NEGATIVE}
+        if mode is GenerationMode.NEGATIVE and wrong <= {ParameterLocation.HEADER}:
+            return  # the key is put right below, and nothing else was wrong
         answer = case.call(headers=BEARER, timeout=30)
         if answer.status_code == 422 and answer.json()["error"]["code"] == "type_mismatch":
             return  # which schedules there are, and of what type, no schema can tell
