@@ -64,11 +64,12 @@ class Receiver:
                     self.wfile.write(b"\x00\xff not HTTP at all\r\n\r\n")
                 else:
                     assert isinstance(answer, int)
+                    # Before the answer: whoever has read it may look at once.
+                    if answer < 300:
+                        receiver.accepted.append(received)
                     self.send_response(answer)
                     self.send_header("Content-Length", "0")
                     self.end_headers()
-                    if answer < 300:
-                        receiver.accepted.append(received)
 
             def log_message(self, *arguments: object) -> None:
                 pass
