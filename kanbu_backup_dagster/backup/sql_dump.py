@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from kanbu_backup_dagster.errors import SourceError
 
 _TRAILER = b"-- PostgreSQL database dump complete"
@@ -401,19 +403,18 @@ class _Lexer:
         return end
 
     def _data(self, buf: bytes, pos: int) -> int:
-        # The position is at the line feed before a row. Searching backwards is several times faster than forwards, and
-        # most chunks hold no end of data; those that do are searched forwards.
+        # The position is at the line feed before a row. Most chunks hold no end of data, which is quickly known.
         if self._last_end_of_data is None:
-            self._last_end_of_data = buf.rfind(_END_OF_DATA, pos)
+            self._last_end_of_data = _last_end_of_data(buf)
         if self._last_end_of_data >= pos:
             end = buf.find(_END_OF_DATA, pos)
-            self.rows[self._table] += self._table_rows + buf.count(b"\n", pos, end + 1)
+            self.rows[self._table] += self._table_rows + _count_line_feeds(buf, pos, end + 1)
             self._state = self._between
             return end + len(_END_OF_DATA)
         end = len(buf)
         if buf.endswith((b"\n", b"\n\\", b"\n\\."), pos):
             end = buf.rfind(b"\n", pos)
-        self._table_rows += buf.count(b"\n", pos, end)
+        self._table_rows += _count_line_feeds(buf, pos, end)
         return end
 
     # What the states found
@@ -479,6 +480,22 @@ class _Lexer:
                 self._spans.append(_Span(start + first, start + last, text[first:last], None))
         elif text[:3].upper() != b"SET" and not _SET_CONFIG.match(text):
             self._in_header = False
+
+
+# Rows are most of a dump, and every byte of them passes here: with numpy at several times the rate of the methods of
+# bytes, which look at one at a time.
+
+
+def _count_line_feeds(buf: bytes, begin: int, end: int) -> int:
+    return int(np.count_nonzero(np.frombuffer(buf, np.uint8)[begin:end] == ord("\n")))
+
+
+def _last_end_of_data(buf: bytes) -> int:
+    """Where the last end of COPY data in the buffer begins, with the line feed before it; -1 if there is none."""
+    data = np.frombuffer(buf, np.uint8)
+    at = np.flatnonzero(data[1:-2] == ord("\\")) + 1
+    at = at[(data[at - 1] == ord("\n")) & (data[at + 1] == ord(".")) & (data[at + 2] == ord("\n"))]
+    return int(at[-1]) - 1 if at.size else -1
 
 
 def _decode(name: bytes) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import mmap
 import os
 import secrets
 import stat
@@ -20,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -34,6 +35,8 @@ SIDECAR_TEMPORARY = ".kanbu-sidecar-"
 # Another machine's locks cannot be seen on a network file system; what was not touched for this long is not in use.
 _NETWORK_LEFTOVER_SECONDS = 2 * 24 * 3600
 _FLUSH_EVERY_BYTES = 32 << 20
+# Of offsets and lengths with O_DIRECT: no device has larger sectors.
+_DIRECT_ALIGNMENT = 4096
 _NO_HARD_LINKS = {errno.EPERM, errno.EIO, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -173,7 +176,7 @@ class FolderStorage:
 
     def read(self, name: str, *, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
         with self._translated("read"):
-            yield from _from_the_medium(self._entry(name), chunk_bytes)
+            yield from _from_the_medium(self._entry(name), chunk_bytes, direct=not self._is_shared())
 
     def read_sidecar(self, name: str) -> bytes | None:
         with self._translated("read"):
@@ -350,7 +353,7 @@ class _IncomingFile:
     def read_back(self) -> Iterator[bytes]:
         self._make_lasting()
         with self._storage._translated("read back from"):
-            yield from _from_the_medium(self._part, 1 << 20)
+            yield from _from_the_medium(self._part, 1 << 20, direct=not self._storage._is_shared())
 
     def replace(self, name: str) -> None:
         storage = self._storage
@@ -421,16 +424,48 @@ def _write_new(path: Path, content: bytes) -> None:
         raise
 
 
-def _from_the_medium(path: Path, chunk_bytes: int) -> Iterator[bytes]:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+def _from_the_medium(path: Path, chunk_bytes: int, *, direct: bool) -> Iterator[bytes]:
+    """Read what the medium holds, not what this machine remembers of having written.
+
+    Args:
+        direct: Past the page cache where the file system can, which also leaves to others what is theirs in it.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    if direct and chunk_bytes % _DIRECT_ALIGNMENT == 0:
+        try:
+            handle = os.open(path, flags | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # "the file system does not support O_DIRECT", open(2)
+                raise
+        else:
+            yield from _direct(handle, chunk_bytes)
+            return
+    handle = os.open(path, flags)
     try:
-        # What is read back must come from the medium. The file was synced, so its pages are clean and go.
+        # The file was synced, so its pages are clean and go.
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while chunk := os.read(handle, chunk_bytes):
             yield chunk
     finally:
         os.close(handle)
+
+
+def _direct(handle: int, chunk_bytes: int) -> Iterator[bytes]:
+    """Read a file opened with O_DIRECT, and close it."""
+    with ExitStack() as stack:
+        stack.callback(os.close, handle)
+        buffer = stack.enter_context(mmap.mmap(-1, chunk_bytes))  # memory at a page's start, as the kernel wants it
+
+        def block() -> bytes:
+            return buffer[: os.readv(handle, [buffer])]
+
+        # Nobody reads ahead of such a reader, so it does so itself: a chunk is read while the last one is worked on.
+        ahead = stack.enter_context(ThreadPoolExecutor(1, "read-ahead"))
+        pending = ahead.submit(block)
+        while chunk := pending.result():
+            pending = ahead.submit(block)
+            yield chunk
 
 
 def _rename_exclusively(part: Path, final: Path) -> None:
