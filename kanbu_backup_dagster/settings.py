@@ -92,6 +92,9 @@ class Settings(BaseSettings):
     drill_database_url: SecretStr | None = Field(
         None, alias="BACKUP_DRILL_DATABASE_URL", description="a server for restore drills; unset: one of our own"
     )
+    drill_container: str | None = Field(
+        None, alias="BACKUP_DRILL_CONTAINER", description="a container with a server for restore drills"
+    )
     postgres_container: str = Field("kanbu-postgres", alias="POSTGRES_CONTAINER", description="container (docker mode)")
     postgres_container_pattern: str = Field(
         "postgres-", alias="POSTGRES_CONTAINER_PATTERN", description="pattern to find the container by (docker mode)"

@@ -208,9 +208,11 @@ class Manifest(_Part):
         return (json.dumps(fields, ensure_ascii=False, indent=2) + "\n").encode()
 
 
+_canonical = json.JSONEncoder(ensure_ascii=True, sort_keys=True, separators=(",", ":")).encode
+
+
 def _seal(fields: dict[str, Any], key: EncryptionKey) -> str:
-    unsealed = {name: value for name, value in fields.items() if name != "seal"}
-    canonical = json.dumps(unsealed, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+    canonical = _canonical({name: value for name, value in fields.items() if name != "seal"})
     return f"{key.key_id}:{hmac.digest(key.seal_key, canonical.encode(), 'sha256').hex()}"
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from enum import Enum
+from functools import lru_cache
 
 from kanbu_backup_dagster.errors import BackupNotFoundError
 from kanbu_backup_dagster.storage.protocol import SIDECAR_SUFFIX
@@ -64,6 +65,7 @@ class BackupName:
         )
 
 
+@lru_cache(maxsize=64)  # a file's name is asked again when its manifest is read
 def parse_name(filename: str) -> BackupName | None:
     """What `filename` says, or None when it is not a backup's name."""
     match = _NAME.fullmatch(filename)

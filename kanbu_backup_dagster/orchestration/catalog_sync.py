@@ -22,10 +22,9 @@ from kanbu_backup_dagster.orchestration.failures import explained
 from kanbu_backup_dagster.orchestration.known_storage import prepare_storage
 from kanbu_backup_dagster.orchestration.register import JUDGED, Register
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
-from kanbu_backup_dagster.orchestration.target_lock import Holder, open_locks, storage_name
+from kanbu_backup_dagster.orchestration.target_lock import STORAGE_PATIENCE_SECONDS, Holder, open_locks, storage_name
 from kanbu_backup_dagster.orchestration.verify_ops import observe_counts
 
-_LOCK_PATIENCE_SECONDS = 60.0
 _PAGE = 1000
 
 
@@ -55,7 +54,7 @@ def sync(context: OpExecutionContext, environment: BackupEnvironment) -> None:
         prepare_storage(context.instance, loaded.storage, needed_bytes=0)
         holder = Holder.now(context.job_name, context.run_id)
         with open_locks().hold(
-            storage_name(loaded.storage), holder, exclusive=False, wait_seconds=_LOCK_PATIENCE_SECONDS
+            storage_name(loaded.storage), holder, exclusive=False, wait_seconds=STORAGE_PATIENCE_SECONDS
         ):
             differences = {kind: _sync_type(context, loaded, kind) for kind in BackupType}
     told: dict[str, Any] = {}

@@ -39,10 +39,11 @@ from kanbu_backup_dagster.errors import BackupNotFoundError, KanbuError, NotDril
 from kanbu_backup_dagster.orchestration.assets import DATABASE_BACKUP, DATABASE_FILES
 from kanbu_backup_dagster.orchestration.failures import explained
 from kanbu_backup_dagster.orchestration.progress import reporter
+from kanbu_backup_dagster.orchestration.register import Register
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.run_scope import RunScope
 from kanbu_backup_dagster.orchestration.tags import FILE
-from kanbu_backup_dagster.orchestration.target_lock import storage_name
+from kanbu_backup_dagster.orchestration.target_lock import STORAGE_PATIENCE_SECONDS, storage_name
 from kanbu_backup_dagster.restore.drill import DrillResult, drill_server, lock_name
 from kanbu_backup_dagster.restore.drill import drill as drill_backup
 from kanbu_backup_dagster.restore.plan import RestoreRequest, judge_file
@@ -108,7 +109,7 @@ def drill(
 ) -> list[DrillResult]:
     with explained():
         loaded = environment.load()
-        run_scope.hold(storage_name(loaded.storage), exclusive=False)
+        run_scope.hold(storage_name(loaded.storage), exclusive=False, wait_seconds=STORAGE_PATIENCE_SECONDS)
     passed, failed = [], []
     for filename in chosen:
         try:
@@ -128,7 +129,7 @@ def drill(
     return passed
 
 
-def _drill_one(context: Any, loaded: Environment, filename: str, run_scope: RunScope) -> DrillResult:
+def _drill_one(context: OpExecutionContext, loaded: Environment, filename: str, run_scope: RunScope) -> DrillResult:
     # A drill says whether a file can be restored; whether it should be without a key's protection is not its question.
     backup, storage, warnings = judge_file(RestoreRequest(filename, force=True), loaded.storage, loaded.keys)
     for warning in warnings:
@@ -152,6 +153,9 @@ def _drill_one(context: Any, loaded: Environment, filename: str, run_scope: RunS
     if backup.manifest is not None:
         proven_at = datetime.now(timezone.utc)
         loaded.catalog.amend(filename, lambda manifest: manifest.model_copy(update={"proven_at": proven_at}))
+        register = Register.of_run(context)
+        if register.knows(backup):
+            register.observe(loaded.catalog.get(filename))
     context.log.info(f"[Drill] {filename} is proven: {result.rows:,} rows in {result.tables} tables, as backed up")
     return result
 
@@ -214,11 +218,12 @@ def _log_verdict(context: OpExecutionContext, filename: str, *, passed: bool, me
 def restorable(
     context: AssetCheckExecutionContext, environment: BackupEnvironment, run_scope: ResourceParam[RunScope]
 ) -> AssetCheckResult:
-    filename = context.op_execution_context.partition_key
+    run = context.op_execution_context
+    filename = run.partition_key
     try:
         loaded = environment.load()
-        run_scope.hold(storage_name(loaded.storage), exclusive=False)
-        result = _drill_one(context, loaded, filename, run_scope)
+        run_scope.hold(storage_name(loaded.storage), exclusive=False, wait_seconds=STORAGE_PATIENCE_SECONDS)
+        result = _drill_one(run, loaded, filename, run_scope)
     except KanbuError as error:
         return AssetCheckResult(passed=False, metadata=_told_of(error))
     return AssetCheckResult(passed=True, metadata=_told_of(result))

@@ -39,12 +39,11 @@ from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.run_scope import RunScope
 from kanbu_backup_dagster.orchestration.schedules import UNFINISHED
 from kanbu_backup_dagster.orchestration.tags import FILE, SCHEDULE_ID, SCHEDULE_NAME
-from kanbu_backup_dagster.orchestration.target_lock import storage_name
+from kanbu_backup_dagster.orchestration.target_lock import STORAGE_PATIENCE_SECONDS, storage_name
 from kanbu_backup_dagster.orchestration.telling import told
 from kanbu_backup_dagster.orchestration.verify_ops import observe_counts
 from kanbu_backup_dagster.schedule_file import load_schedule_file
 
-_LOCK_PATIENCE_SECONDS = 60.0
 # A plan of all files of a busy storage would make a run's page unreadable.
 _SHOWN = 1000
 _PLAN_SCHEMA = TableSchema(
@@ -231,7 +230,7 @@ def prune(
             observe_counts(context, loaded, stored.type)
             return
         try:
-            run_scope.hold(storage_name(loaded.storage), exclusive=True, wait_seconds=_LOCK_PATIENCE_SECONDS)
+            run_scope.hold(storage_name(loaded.storage), exclusive=True, wait_seconds=STORAGE_PATIENCE_SECONDS)
         except BusyError as error:
             context.log.warning(f"[Prune] Left to the next backup's prune: {error}")
             observe_counts(context, loaded, stored.type)
@@ -262,7 +261,7 @@ def prune_all(
         loaded = environment.load()
         types = list(BackupType) if not config.type else [_type_called(config.type)]
         if not config.dry_run:
-            run_scope.hold(storage_name(loaded.storage), exclusive=True, wait_seconds=_LOCK_PATIENCE_SECONDS)
+            run_scope.hold(storage_name(loaded.storage), exclusive=True, wait_seconds=STORAGE_PATIENCE_SECONDS)
         metadata: dict[str, Any] = {}
         done = []
         for backup_type in types:

@@ -36,7 +36,7 @@ from kanbu_backup_dagster.orchestration.progress import reporter
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.run_scope import RunScope
 from kanbu_backup_dagster.orchestration.tags import DATABASE, FILE
-from kanbu_backup_dagster.orchestration.target_lock import storage_name
+from kanbu_backup_dagster.orchestration.target_lock import STORAGE_PATIENCE_SECONDS, storage_name
 from kanbu_backup_dagster.restore.checks import Checked
 from kanbu_backup_dagster.restore.database import abandon, check_staging, is_kept, load_staging, swap_in
 from kanbu_backup_dagster.restore.plan import RestorePlan, RestoreRequest, find_backup, plan_restore
@@ -95,7 +95,7 @@ def _take_part(context: OpExecutionContext, plan: RestorePlan, loaded: Environme
     _, where = find_backup(plan.request, loaded.storage, loaded.keys)
     # The file restored and the pre-restore backup are not pruned meanwhile.
     for storage in (where, loaded.storage):
-        run_scope.hold(storage_name(storage), exclusive=False)
+        run_scope.hold(storage_name(storage), exclusive=False, wait_seconds=STORAGE_PATIENCE_SECONDS)
 
     def clean_up() -> None:
         try:

@@ -34,7 +34,7 @@ from kanbu_backup_dagster.orchestration.progress import reporter
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.run_scope import RunScope
 from kanbu_backup_dagster.orchestration.tags import FILE
-from kanbu_backup_dagster.orchestration.target_lock import storage_name
+from kanbu_backup_dagster.orchestration.target_lock import STORAGE_PATIENCE_SECONDS, storage_name
 from kanbu_backup_dagster.restore.plan import RestoreRequest, find_backup, judge_file
 from kanbu_backup_dagster.restore.source_tree import check_target, extract_archive
 
@@ -71,7 +71,7 @@ class Extraction:
 
 def _hold_files(extraction: Extraction, loaded: Environment, run_scope: RunScope) -> None:
     _, storage = find_backup(extraction.request, loaded.storage, loaded.keys)
-    run_scope.hold(storage_name(storage), exclusive=False)
+    run_scope.hold(storage_name(storage), exclusive=False, wait_seconds=STORAGE_PATIENCE_SECONDS)
 
 
 @op(description="Judges the file, the key and the folder; changes nothing.")

@@ -214,6 +214,10 @@ def open_locks() -> Locks:
     return PostgresLocks(database) if database is not None else FolderLocks(dagster_home() / "locks")
 
 
+STORAGE_PATIENCE_SECONDS = 60.0
+"""How long a storage's lock is waited for: files are deleted in moments."""
+
+
 def storage_name(storage: Storage) -> str:
     """The lock on a storage's files: whoever reads one shares it, whoever deletes files has it alone."""
     return f"storage {storage.location}"

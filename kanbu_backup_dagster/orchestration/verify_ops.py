@@ -44,14 +44,11 @@ from kanbu_backup_dagster.orchestration.failures import ERROR_KIND, explained
 from kanbu_backup_dagster.orchestration.progress import reporter
 from kanbu_backup_dagster.orchestration.register import CHECK, Register, verdict_metadata
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
-from kanbu_backup_dagster.orchestration.target_lock import Holder, open_locks, storage_name
+from kanbu_backup_dagster.orchestration.target_lock import STORAGE_PATIENCE_SECONDS, Holder, open_locks, storage_name
 from kanbu_backup_dagster.storage.protocol import SETTLED
 
 # Checks of one partition are a preview in Dagster 1.13; a user can do nothing about that.
 warnings.filterwarnings("ignore", message="Specifying a partitions_def", category=PreviewWarning)
-
-# Files are deleted in moments; longer than this is not waited for.
-_LOCK_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,9 @@ def judge(
     """
     register = Register.of_run(context)
     holder = Holder.now(context.job_name, context.run_id)
-    with open_locks().hold(storage_name(loaded.storage), holder, exclusive=False, wait_seconds=_LOCK_PATIENCE_SECONDS):
+    with open_locks().hold(
+        storage_name(loaded.storage), holder, exclusive=False, wait_seconds=STORAGE_PATIENCE_SECONDS
+    ):
         # Its key may have been rotated while the lock was waited for.
         backup = loaded.catalog.get(backup.filename)
         if not register.knows(backup):

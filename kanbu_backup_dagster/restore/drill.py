@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.keys import Keyring
 from kanbu_backup_dagster.backup.landing import Progress
-from kanbu_backup_dagster.errors import KanbuError, NotDrillableError, RestoreError, SourceError
+from kanbu_backup_dagster.errors import KanbuError, NotDrillableError, RestoreError, SettingsError, SourceError
 from kanbu_backup_dagster.restore.checks import Checked, check_database
 from kanbu_backup_dagster.restore.database import create_roles
 from kanbu_backup_dagster.restore.plan import missing_extensions, missing_roles, psql_problem
@@ -63,15 +63,25 @@ class DrillResult:
 def drill_server(settings: Settings, backup: Backup) -> Iterator[tuple[Server, Settings]]:
     """The server a drill takes place on, and the settings that lead to it.
 
-    It is that of BACKUP_DRILL_DATABASE_URL, else a new one of our own: of the backup's major version where that is
-    installed, else of the newest.
+    It is that of BACKUP_DRILL_DATABASE_URL or in BACKUP_DRILL_CONTAINER, else a new one of our own: of the backup's
+    major version where that is installed, else of the newest.
 
     Raises:
+        SettingsError: Both are set.
         KanbuError: There is none.
     """
-    url = settings.secret("drill_database_url")
+    url, container = settings.secret("drill_database_url"), settings.drill_container
+    if url is not None and container is not None:
+        raise SettingsError(
+            "BACKUP_DRILL_DATABASE_URL and BACKUP_DRILL_CONTAINER are both set.",
+            advice="Remove the one whose server is not for drills.",
+        )
     if url is not None:
         there = _leading_to(settings, url)
+        yield open_server(there)[0], there
+        return
+    if container is not None:
+        there = _leading_into(settings, container)
         yield open_server(there)[0], there
         return
     facts = backup.manifest.database if backup.manifest else None
@@ -86,6 +96,11 @@ def drill_server(settings: Settings, backup: Backup) -> Iterator[tuple[Server, S
 
 def _leading_to(settings: Settings, url: str) -> Settings:
     return settings.model_copy(update={"database_url": SecretStr(url), "pg_mode": PgMode.DIRECT})
+
+
+def _leading_into(settings: Settings, container: str) -> Settings:
+    """The container's own variables name the user: DATABASE_URL's may be unknown there."""
+    return settings.model_copy(update={"database_url": None, "pg_mode": PgMode.DOCKER, "postgres_container": container})
 
 
 def lock_name(server: Server) -> str:
@@ -122,7 +137,7 @@ def drill(
         raise NotDrillableError(
             f"Not drillable: {backup.filename} needs extensions that {server.access.description} does not have: "
             f"{', '.join(missing)}.",
-            advice="Set BACKUP_DRILL_DATABASE_URL to a server that has them.",
+            advice="Set BACKUP_DRILL_DATABASE_URL or BACKUP_DRILL_CONTAINER to a server that has them.",
         )
     for name in [name for name in find_databases(server, settings) if name.startswith(_PREFIX)]:
         drop_staging(server, settings, name)

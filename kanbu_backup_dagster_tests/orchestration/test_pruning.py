@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
-from dagster import AssetKey, AssetRecordsFilter, DagsterInstance
+from dagster import AssetKey, AssetRecordsFilter, DagsterInstance, DagsterRunStatus
 
 from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.manifest import Manifest, Trigger, Verification, VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupName, BackupType
 from kanbu_backup_dagster.errors import SettingsError, StorageError
 from kanbu_backup_dagster.notifications.events import PruneHeld
-from kanbu_backup_dagster.orchestration import prune_ops
+from kanbu_backup_dagster.orchestration import prune_ops, restore_source_ops
+from kanbu_backup_dagster.orchestration.jobs import JOBS
 from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
-from kanbu_backup_dagster.orchestration.tags import SCHEDULE_ID, SCHEDULE_NAME, TRIGGER
+from kanbu_backup_dagster.orchestration.tags import FILE, SCHEDULE_ID, SCHEDULE_NAME, TRIGGER
 from kanbu_backup_dagster.orchestration.target_lock import Holder, open_locks, storage_name
 from kanbu_backup_dagster.orchestration.telling import events_in
 from kanbu_backup_dagster.storage.folder import FolderStorage
@@ -206,28 +208,72 @@ def test_nothing_goes_while_the_schedule_file_has_problems(store: Path) -> None:
     assert names() >= files
 
 
-def _hold(name: str, held: Event, release: Event) -> None:
-    with open_locks().hold(name, Holder.now("restore_source", "another run"), exclusive=False):
+def test_what_an_unfinished_run_restores_stays_although_it_holds_no_lock_yet(store: Path) -> None:
+    """Such a run may still wait in the queue."""
+    schedule()
+    used, gone, newest = (aged(store, days) for days in (41, 40, 0))
+    [restore] = [one for one in JOBS if one.name == "restore_source"]
+    with DagsterInstance.get() as instance:
+        run = instance.create_run_for_job(restore, tags={FILE: used}, status=DagsterRunStatus.QUEUED)
+        shown = prune(dry_run=True)
+        rows = {row.data["file"]: row.data for row in shown.said["source_plan"].records}
+        assert rows[used]["reason"] == f"in use: restore_source, run {run.run_id}"
+        assert prune().success
+        assert names() == {used, newest}
+        assert gone not in names()
+        instance.report_run_failed(run)
+    assert prune().success
+    assert names() == {newest}
+
+
+def _hold(name: str, job: str, exclusive: bool, held: Event, release: Event) -> None:
+    with open_locks().hold(name, Holder.now(job, "another run"), exclusive=exclusive):
         held.set()
         release.wait(60)
 
 
-@pytest.fixture
-def restoring(store: Path) -> Iterator[None]:
-    """Another process that holds the storage's files in place, as a restore does."""
+@contextmanager
+def holding(store: Path, job: str, *, exclusive: bool) -> Iterator[None]:
+    """Meanwhile another process holds the storage's files."""
     spawning = multiprocessing.get_context("fork")
     held, release = spawning.Event(), spawning.Event()
-    process = spawning.Process(target=_hold, args=(storage_name(FolderStorage(store)), held, release))
+    process = spawning.Process(target=_hold, args=(storage_name(FolderStorage(store)), job, exclusive, held, release))
     process.start()
     assert held.wait(30)
-    yield
-    release.set()
-    process.join(30)
+    try:
+        yield
+    finally:
+        release.set()
+        process.join(30)
+
+
+@pytest.fixture
+def restoring(store: Path) -> Iterator[None]:
+    """Another process holds the storage's files in place, as a restore does."""
+    with holding(store, "restore_source", exclusive=False):
+        yield
+
+
+def test_no_restore_begins_while_files_are_deleted(
+    store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    [file] = run_job("source_backup").materialized
+    config = {"file": file, "into": str(tmp_path / "into")}
+
+    def restore() -> Outcome:
+        return run_job("restore_source", run_config={"ops": {"validate_source": {"config": config}}})
+
+    with holding(store, "prune_backups", exclusive=True):
+        monkeypatch.setattr(restore_source_ops, "STORAGE_PATIENCE_SECONDS", 0.1)
+        assert "prune_backups, run another run" in str(restore().error)
+        assert not (tmp_path / "into").exists()
+    assert restore().success
+    assert (tmp_path / "into" / "app" / "file").is_file()
 
 
 @pytest.mark.usefixtures("restoring")
 def test_nothing_goes_while_a_restore_reads(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prune_ops, "_LOCK_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(prune_ops, "STORAGE_PATIENCE_SECONDS", 0.1)
     schedule()
     files = {aged(store, days) for days in (0, 40, 41)}
     outcome = prune()

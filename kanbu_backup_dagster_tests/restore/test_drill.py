@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from dagster import AssetCheckKey, AssetKey
 
 from kanbu_backup_dagster.backup.catalog import Catalog
-from kanbu_backup_dagster.errors import BackupNotFoundError, NotDrillableError, RestoreError
+from kanbu_backup_dagster.errors import BackupNotFoundError, NotDrillableError, RestoreError, SettingsError
 from kanbu_backup_dagster.orchestration.dagster_home import open_instance
 from kanbu_backup_dagster.orchestration.drill_ops import RESTORABLE
 from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
-from kanbu_backup_dagster_tests.restore.conftest import Bench
+from kanbu_backup_dagster_tests.restore.conftest import Bench, in_each_mode
 
 CONFIG = """
 version: 1
@@ -64,15 +65,21 @@ def test_a_drill_proves_the_newest_backup_on_a_server_of_its_own(sealed_bench: B
     assert proven[newest] is not None
     assert proven[older] is None
     assert (verdict(newest), verdict(older)) == (True, None)
+    # Dagster knows what the manifest says: there is nothing to catch up on.
+    assert run_job("sync_catalog").said["changed"] == []
     assert bench.dump() == before
     # A sample of older ones besides.
     assert drill(older=1).success
     assert verdict(older) is True
 
 
+@in_each_mode
 def test_a_drill_on_a_configured_server_leaves_nothing_there(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     server = bench.postgres.server
-    monkeypatch.setenv("BACKUP_DRILL_DATABASE_URL", bench.url)
+    container = os.environ.get("POSTGRES_CONTAINER")
+    monkeypatch.setenv(
+        *(("BACKUP_DRILL_CONTAINER", container) if container else ("BACKUP_DRILL_DATABASE_URL", bench.url))
+    )
     server.psql("CREATE ROLE only_for_a_while; CREATE DATABASE kanbu_drill_00000000")
     bench.sql("CREATE TABLE owned (n integer); ALTER TABLE owned OWNER TO only_for_a_while")
     file = backup()
@@ -81,6 +88,7 @@ def test_a_drill_on_a_configured_server_leaves_nothing_there(bench: Bench, monke
     before = bench.dump()
     outcome = drill(file)
     assert outcome.success, outcome.errors
+    assert ("docker container" in outcome.report["server"]) is bool(container)
     assert drill_leftovers(bench) == ""
     assert server.psql("SELECT count(*) FROM pg_roles WHERE rolname = 'only_for_a_while'") == "0\n"
     assert bench.dump() == before
@@ -90,6 +98,10 @@ def test_what_is_not_proven_fails_and_says_why(bench: Bench, monkeypatch: pytest
     monkeypatch.setenv("BACKUP_DRILL_DATABASE_URL", bench.url)
     bench.storage.prepare()
     assert isinstance(drill().error, BackupNotFoundError)
+    first = backup()
+    with monkeypatch.context() as both:
+        both.setenv("BACKUP_DRILL_CONTAINER", "another")
+        assert isinstance(drill(first).error, SettingsError)
     bench.sql("CREATE TABLE IF NOT EXISTS tasks (n integer)")
     file = backup()
     catalog = Catalog(bench.storage, bench.keys)

@@ -330,6 +330,23 @@ def test_missing_roles_are_named_and_can_be_created(bench: Bench, monkeypatch: p
     server.psql("DROP ROLE gone_tomorrow")
 
 
+def test_too_little_room_and_an_extension_that_is_not_to_be_had_are_told_before_anything_is_done(bench: Bench) -> None:
+    manifest = bench.backup()
+    assert manifest.database is not None
+    extensions = {"plpgsql": "1.0", "no_such_extension": "2.3"}
+    needs = manifest.database.model_copy(update={"size_bytes": 1 << 60, "extensions": extensions})
+    told = manifest.model_copy(update={"database": needs}).to_json(None)
+    assert bench.storage.replace_sidecar(manifest.filename, told)
+    before = bench.databases()
+    with pytest.raises(RestoreError, match="cannot be restored") as refused:
+        bench.plan(manifest.filename)
+    extension, room = refused.value.tried
+    assert extension == "extensions that the backup needs are not installed: no_such_extension"
+    assert "bytes free in" in room
+    assert f"needs about {1 << 60:,}" in room
+    assert bench.databases() == before
+
+
 def test_a_role_that_may_not_do_it_is_told_before_anything_is_done(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

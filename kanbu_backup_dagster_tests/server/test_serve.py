@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+import json
 import os
 import re
 import signal
@@ -34,6 +35,17 @@ from kanbu_backup_dagster_tests.server.test_trigger import finished, node_trigge
 OPEN = {"BACKUP_UI_PASSWORD": PASSWORD, "BACKUP_TRIGGER_API_KEY": KEY, "BACKUP_SCHEDULER_MODE": "both"}
 WEB = ("kanbu_backup_dagster.server.web",)
 DAEMON = ("dagster._daemon", "run")
+EXECUTE_CHECK = """
+mutation($file: String!) {
+  launchRun(executionParams: {
+    selector: {
+      repositoryLocationName: "kanbu_backup", repositoryName: "__repository__", jobName: "__ASSET_JOB"
+      assetSelection: [], assetCheckSelection: [{assetKey: {path: ["database_backup"]}, name: "verified"}]
+    },
+    executionMetadata: {tags: [{key: "dagster/partition", value: $file}]}
+  }) { __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } }
+}
+"""
 RUN_STATUS = "query($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
 
 
@@ -191,6 +203,35 @@ def test_a_part_that_is_killed_comes_back_and_it_is_told(kanbu: Serving) -> None
     assert requests.get(kanbu.url, auth=LOGIN, timeout=60).status_code == 200
     done = kanbu.trigger({"type": "database"}, wait=200)
     assert done.json()["status"] == "succeeded", done.text
+
+
+def test_the_check_of_one_file_is_executed_as_the_ui_does_it(kanbu: Serving) -> None:
+    """Such a run has no tags of ours and no op but the check."""
+    file = str(kanbu.trigger({"type": "database"}, wait=200).json()["backup"]["filename"])
+
+    def execute() -> str:
+        launched = kanbu.graphql(EXECUTE_CHECK, file=file)["launchRun"]
+        assert launched["__typename"] == "LaunchRunSuccess", launched
+        return str(finished(kanbu, f"{kanbu.url}/api/backup/runs/{launched['run']['runId']}")["status"])
+
+    manifest = kanbu.storage / f"{file}.manifest.json"
+
+    def verdict() -> dict[str, str]:
+        recorded: dict[str, str] = json.loads(manifest.read_text())["verification"]
+        return recorded
+
+    before = verdict()
+    assert before["status"] == "verified"
+    assert execute() == "succeeded"
+    assert verdict()["status"] == "verified"
+    assert verdict()["at"] > before["at"]
+    content = (kanbu.storage / file).read_bytes()
+    (kanbu.storage / file).write_bytes(content[:-1])
+    execute()
+    assert verdict()["status"] == "failed"
+    (kanbu.storage / file).write_bytes(content)
+    execute()
+    assert verdict()["status"] == "verified"
 
 
 def test_a_second_one_with_the_same_home_is_refused(kanbu: Serving) -> None:
