@@ -105,6 +105,17 @@ def test_a_file_is_what_was_written_and_so_is_its_sidecar(place: Place, storage:
     assert storage.path(name) == str(place.folder / name)
 
 
+def test_files_of_any_size_are_read_whole(storage: Storage) -> None:
+    """Around the sizes of a page and a chunk, where reading past the page cache could go wrong."""
+    sizes = [near + by for near in (0, 4096, 1 << 20, 3 << 20) for by in (-1, 0, 1) if near + by >= 0]
+    for number, size in enumerate(sizes):
+        content = os.urandom(size)
+        name = put(storage, content, first=number)
+        chunks = list(storage.read(name))
+        assert b"".join(chunks) == content, size
+        assert all(chunks), size
+
+
 def test_it_is_marked_once_and_known_by_its_mark(place: Place, storage: Storage) -> None:
     mark = storage.prepare()
     assert place.open().prepare(known_mark=mark) == mark
