@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     )
     local_path: Path = Field(Path("/data/backups"), alias="BACKUP_LOCAL_PATH", description="folder of backups (local)")
     gdrive_path: Path | None = Field(None, alias="BACKUP_GDRIVE_PATH", description="folder on the mount (gdrive)")
-    rclone_rc_addr: str | None = Field(
+    rclone_rc_addr: SecretStr | None = Field(
         None, alias="BACKUP_RCLONE_RC_ADDR", description="the mount's remote control, as http://127.0.0.1:5572 (gdrive)"
     )
     rclone_rc_user: str | None = Field(None, alias="BACKUP_RCLONE_RC_USER", description="login of the remote control")
@@ -85,7 +85,11 @@ class Settings(BaseSettings):
         None, alias="BACKUP_RCLONE_RC_PASSWORD", description="password of the remote control"
     )
     rclone_timeout_seconds: float = Field(
-        60, alias="BACKUP_RCLONE_TIMEOUT_SECONDS", gt=0, description="how long the mount may take to answer (gdrive)"
+        60,
+        alias="BACKUP_RCLONE_TIMEOUT_SECONDS",
+        gt=0,
+        le=86_400,
+        description="how long the mount may take to answer (gdrive)",
     )
     pg_mode: PgMode = Field(PgMode.AUTO, alias="BACKUP_PG_MODE", description="auto, direct or docker")
     database_url: SecretStr | None = Field(None, alias="DATABASE_URL", description="the database, as Prisma writes it")
@@ -132,7 +136,7 @@ class Settings(BaseSettings):
         2, alias="BACKUP_COMPRESSION_LEVEL", ge=0, le=3, description="gzip level of ISA-L: 0 fastest to 3 smallest"
     )
     lock_timeout_seconds: float = Field(
-        300, alias="BACKUP_LOCK_TIMEOUT_SECONDS", gt=0, description="how long a dump waits for a table lock"
+        300, alias="BACKUP_LOCK_TIMEOUT_SECONDS", gt=0, le=604_800, description="how long a dump waits for a table lock"
     )
     webhook_url: SecretStr | None = Field(None, alias="BACKUP_WEBHOOK_URL", description="where alerts are posted")
     webhook_secret: SecretStr | None = Field(None, alias="BACKUP_WEBHOOK_SECRET", description="signs alerts")
@@ -143,6 +147,7 @@ class Settings(BaseSettings):
         300,
         alias="BACKUP_RETRY_AFTER_SECONDS",
         ge=0,
+        le=604_800,
         description="pause before a scheduled backup that failed for a passing reason runs once more; 0: never",
     )
     ui_username: str = Field("admin", alias="BACKUP_UI_USERNAME", description="login of the web UI")

@@ -231,7 +231,7 @@ def parse_manifest(filename: str, content: bytes, keys: Keyring) -> Manifest:
     where = filename + MANIFEST_SUFFIX
     try:
         fields = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptBackupError(f"The manifest {where} is not JSON: {error}.") from None
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:

@@ -13,47 +13,67 @@ from contextlib import closing
 
 from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.keys import EncryptionKey, Keyring
-from kanbu_backup_dagster.backup.stages import decrypt_unverified
+from kanbu_backup_dagster.backup.stages import counted, decrypt_unverified, hashed_beside
 from kanbu_backup_dagster.errors import CorruptBackupError
 from kanbu_backup_dagster.storage.protocol import Storage
 
 
 def prove(
     backup: Backup, storage: Storage, keys: Keyring, *, on_bytes: Callable[[int], None] = lambda count: None
-) -> None:
+) -> str:
     """The first pass: read all of the file, and hand nothing on.
 
     Args:
         on_bytes: Told how many content bytes were read so far.
 
+    Returns:
+        SHA-256 of the content, hex: what a second pass must see again.
+
     Raises:
         EncryptionKeyError: The file is encrypted and its key is not set.
         CorruptBackupError: "Checksum mismatch": it is not what was written.
     """
-    deque(_counted(content(backup, storage, keys), on_bytes), maxlen=0)
-
-
-def content(backup: Backup, storage: Storage, keys: Keyring) -> Iterator[bytes]:
-    """The backup's content (still compressed, if it is), *unproven until it ends*: call `prove` first, and throw away
-    what was made of it when this raises.
-
-    Raises:
-        EncryptionKeyError: The file is encrypted and its key is not set.
-        CorruptBackupError: At the end: what was read is not what was written.
-    """
+    seen = hashlib.sha256()
+    deque(counted(_read(backup, storage, keys, seen.update), on_bytes), maxlen=0)
     manifest = backup.manifest
-    if manifest is None and backup.problem is not None:
-        raise CorruptBackupError(backup.problem)
-    key = key_of(backup, storage, keys)
-    content_hash = hashlib.sha256()
-    with closing(storage.read(backup.filename)) as stored:  # type: ignore[type-var]  # a generator can be closed
-        for chunk in decrypt_unverified(stored, key) if key else stored:
-            content_hash.update(chunk)
-            yield chunk
-    if manifest is not None and content_hash.hexdigest() != manifest.sha256:
+    if manifest is not None and seen.hexdigest() != manifest.sha256:
         raise CorruptBackupError(
             f"Checksum mismatch: {backup.filename} is not what was dumped.", advice="Try a different backup."
         )
+    return seen.hexdigest()
+
+
+def content(backup: Backup, storage: Storage, keys: Keyring, *, proven: str) -> Iterator[bytes]:
+    """The second pass: the backup's content (still compressed, if it is), *unproven until it ends*: throw away what was
+    made of it when this raises.
+
+    Args:
+        proven: What `prove` gave.
+
+    Raises:
+        EncryptionKeyError: The file is encrypted and its key is not set.
+        CorruptBackupError: At the end: what was read now is not what was proven.
+    """
+    seen = hashlib.sha256()
+    yield from _read(backup, storage, keys, seen.update)
+    if seen.hexdigest() != proven:
+        raise CorruptBackupError(
+            f"Checksum mismatch: {backup.filename} changed while it was being read.",
+            advice="Try again, or a different backup.",
+        )
+
+
+def beginning(backup: Backup, storage: Storage, keys: Keyring) -> Iterator[bytes]:
+    """The first chunks of the content of a backup that was proven; to be closed, not exhausted."""
+    return _read(backup, storage, keys, lambda chunk: None)
+
+
+def _read(backup: Backup, storage: Storage, keys: Keyring, update: Callable[[bytes], None]) -> Iterator[bytes]:
+    if backup.manifest is None and backup.problem is not None:
+        raise CorruptBackupError(backup.problem)
+    key = key_of(backup, storage, keys)
+    with closing(storage.read(backup.filename)) as stored:  # type: ignore[type-var]  # a generator can be closed
+        yield from hashed_beside(decrypt_unverified(stored, key) if key else stored, update)
 
 
 def key_of(backup: Backup, storage: Storage, keys: Keyring) -> EncryptionKey | None:
@@ -84,11 +104,3 @@ def key_of(backup: Backup, storage: Storage, keys: Keyring) -> EncryptionKey | N
         f"Checksum mismatch: {backup.filename} fits none of the {len(keys.all)} keys that are set; it is damaged, cut "
         "short, or of another key."
     )
-
-
-def _counted(chunks: Iterator[bytes], on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    total = 0
-    for chunk in chunks:
-        total += len(chunk)
-        on_bytes(total)
-        yield chunk

@@ -157,7 +157,7 @@ class Flow:
         if recipe.compression is not None:
             flow = self._metered("compress", stages.compress(flow, recipe.compression.level))
         if recipe.checksum is not None:
-            flow = self._metered("checksum", _hashed(flow, self._content_hash.update))
+            flow = self._metered("checksum", stages.hashed(flow, self._content_hash.update))
         if recipe.encryption is not None:
             key = self.keys.current
             if key is None or key.key_id != recipe.encryption.key_id:
@@ -223,9 +223,3 @@ class Flow:
     def findings(self) -> DatabaseFacts | SourceFacts:
         """What the source learnt, once exhausted."""
         return self._source.findings()
-
-
-def _hashed(chunks: Iterator[bytes], update: Callable[[bytes], None]) -> Iterator[bytes]:
-    for chunk in chunks:
-        update(chunk)
-        yield chunk

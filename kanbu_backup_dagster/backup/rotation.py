@@ -30,7 +30,7 @@ from kanbu_backup_dagster.backup.catalog import Backup, Catalog
 from kanbu_backup_dagster.backup.keys import EncryptionKey, Keyring
 from kanbu_backup_dagster.backup.manifest import Manifest, Rotation, Verification, VerificationStatus
 from kanbu_backup_dagster.backup.reading import key_of
-from kanbu_backup_dagster.backup.stages import IV_BYTES, decrypt_unverified, encrypt
+from kanbu_backup_dagster.backup.stages import IV_BYTES, decrypt_unverified, encrypt, hashed
 from kanbu_backup_dagster.errors import CorruptBackupError, EncryptionKeyError, KanbuError, StorageError
 from kanbu_backup_dagster.storage.protocol import Storage
 
@@ -189,15 +189,15 @@ def _re_encrypt(
         head = b""
         with closing(seen(storage.read(backup.filename))) as old:
             # The former tag is checked when the stream ends, the new file used only after that.
-            plain = _hashed(decrypt_unverified(old, former), content.update)
-            for chunk in _hashed(encrypt(plain, current), stored.update):
+            plain = hashed(decrypt_unverified(old, former), content.update)
+            for chunk in hashed(encrypt(plain, current), stored.update):
                 head = head or chunk[:IV_BYTES]
                 incoming.write(chunk)
         manifest = backup.manifest
         if manifest is not None and content.hexdigest() != manifest.sha256:
             raise CorruptBackupError(f"Checksum mismatch: {backup.filename} is not what was dumped.")
         with closing(seen(incoming.read_back())) as new:
-            for chunk in decrypt_unverified(_hashed(new, stored_again.update), current):
+            for chunk in decrypt_unverified(hashed(new, stored_again.update), current):
                 content_again.update(chunk)
         if (content.digest(), stored.digest()) != (content_again.digest(), stored_again.digest()):
             raise CorruptBackupError(f"Checksum mismatch: {backup.filename} does not read back as it was re-encrypted.")
@@ -220,9 +220,3 @@ def _re_encrypt(
 
 def _without_rotation(manifest: Manifest) -> Manifest:
     return manifest.model_copy(update={"rotation": None})
-
-
-def _hashed(chunks: Iterator[bytes], update: Callable[[bytes], None]) -> Iterator[bytes]:
-    for chunk in chunks:
-        update(chunk)
-        yield chunk

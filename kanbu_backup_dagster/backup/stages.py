@@ -9,7 +9,7 @@ The encrypted form is Kanbu's: 16 bytes IV, ciphertext, 16 bytes tag; AES-256-GC
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from cryptography.exceptions import InvalidTag
@@ -33,6 +33,38 @@ _BLOCK_BYTES = 1 << 20
 # time, until something larger was freed: from then on it keeps as much (mallopt(3), M_MMAP_THRESHOLD). Nothing is
 # touched here, so it costs nothing. Verification takes half to two thirds of the time this way.
 bytes(16 * _BLOCK_BYTES)
+
+
+def counted(chunks: Iterator[bytes], on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+    """The same chunks; `on_bytes` is told how many bytes have come so far."""
+    total = 0
+    for chunk in chunks:
+        total += len(chunk)
+        on_bytes(total)
+        yield chunk
+
+
+def hashed(chunks: Iterator[bytes], update: Callable[[bytes], None]) -> Iterator[bytes]:
+    """The same chunks, each given to `update` of a hash before it is handed on."""
+    for chunk in chunks:
+        update(chunk)
+        yield chunk
+
+
+def hashed_beside(chunks: Iterator[bytes], update: Callable[[bytes], None]) -> Iterator[bytes]:
+    """The same chunks, hashed on a second core while they are worked on; the hash is whole when they are exhausted.
+
+    One chunk in flight keeps memory flat.
+    """
+    with ThreadPoolExecutor(1, "hash") as beside:
+        pending: Future[None] | None = None
+        for chunk in chunks:
+            if pending is not None:
+                pending.result()
+            pending = beside.submit(update, chunk)
+            yield chunk
+        if pending is not None:
+            pending.result()
 
 
 def compress(chunks: Iterator[bytes], level: int) -> Iterator[bytes]:

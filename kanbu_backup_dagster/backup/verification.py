@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 
 from kanbu_backup_dagster.backup.catalog import Backup
@@ -16,7 +15,7 @@ from kanbu_backup_dagster.backup.content_check import compare_content, read_thro
 from kanbu_backup_dagster.backup.keys import EncryptionKey, Keyring
 from kanbu_backup_dagster.backup.manifest import Manifest, Verification, VerificationStatus
 from kanbu_backup_dagster.backup.reading import key_of
-from kanbu_backup_dagster.backup.stages import decrypt_unverified
+from kanbu_backup_dagster.backup.stages import counted, decrypt_unverified, hashed, hashed_beside
 from kanbu_backup_dagster.errors import CorruptBackupError, EncryptionKeyError
 from kanbu_backup_dagster.storage.protocol import Storage
 
@@ -63,19 +62,18 @@ def verify(
         raise
     stored, content = hashlib.sha256(), hashlib.sha256()
     problem = ""
-    with ThreadPoolExecutor(1, "stored-hash") as beside:
-        chunks = _hashed_beside(_counted(storage.read(backup.filename), on_bytes), stored.update, beside)
-        try:
-            plain = decrypt_unverified(chunks, key) if key else chunks
-            if deep:
-                problem = compare_content(manifest, read_through(backup.name, _hashed(plain, content.update)))
-            else:
-                for chunk in plain:
-                    content.update(chunk)
-        except CorruptBackupError as error:
-            problem = error.message
-            for _ in chunks:  # the rest of the stored bytes, so that their hash can be named as the first cause
-                pass
+    chunks = hashed_beside(counted(storage.read(backup.filename), on_bytes), stored.update)
+    try:
+        plain = decrypt_unverified(chunks, key) if key else chunks
+        if deep:
+            problem = compare_content(manifest, read_through(backup.name, hashed(plain, content.update)))
+        else:
+            for chunk in plain:
+                content.update(chunk)
+    except CorruptBackupError as error:
+        problem = error.message
+        for _ in chunks:  # the rest of the stored bytes, so that their hash can be named as the first cause
+            pass
     if stored.hexdigest() != manifest.stored_sha256:
         return _verdict(VerificationStatus.FAILED, _NOT_AS_STORED)
     if problem:
@@ -88,7 +86,7 @@ def verify(
 def _read_legacy(backup: Backup, storage: Storage, keys: Keyring, on_bytes: Callable[[int], None]) -> Verification:
     try:
         key = key_of(backup, storage, keys)
-        read_through(backup.name, _plain(_counted(storage.read(backup.filename), on_bytes), key))
+        read_through(backup.name, _plain(counted(storage.read(backup.filename), on_bytes), key))
     except CorruptBackupError as error:
         return _verdict(VerificationStatus.FAILED, error.message)
     return _verdict(
@@ -102,38 +100,10 @@ def _plain(chunks: Iterator[bytes], key: EncryptionKey | None) -> Iterator[bytes
 
 def _is_as_stored(manifest: Manifest, storage: Storage, on_bytes: Callable[[int], None]) -> bool:
     stored = hashlib.sha256()
-    for chunk in _counted(storage.read(manifest.filename), on_bytes):
+    for chunk in counted(storage.read(manifest.filename), on_bytes):
         stored.update(chunk)
     return stored.hexdigest() == manifest.stored_sha256
 
 
 def _verdict(status: VerificationStatus, detail: str, *, deep: bool = False) -> Verification:
     return Verification(status=status, at=datetime.now(timezone.utc), detail=detail, deep=deep)
-
-
-def _counted(chunks: Iterator[bytes], on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    total = 0
-    for chunk in chunks:
-        total += len(chunk)
-        on_bytes(total)
-        yield chunk
-
-
-def _hashed(chunks: Iterator[bytes], update: Callable[[bytes], None]) -> Iterator[bytes]:
-    for chunk in chunks:
-        update(chunk)
-        yield chunk
-
-
-def _hashed_beside(
-    chunks: Iterator[bytes], update: Callable[[bytes], None], beside: ThreadPoolExecutor
-) -> Iterator[bytes]:
-    """Hash on a second core while the chunk is decrypted on the first; one chunk in flight keeps memory flat."""
-    pending: Future[None] | None = None
-    for chunk in chunks:
-        if pending is not None:
-            pending.result()
-        pending = beside.submit(update, chunk)
-        yield chunk
-    if pending is not None:
-        pending.result()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import click
 
@@ -17,6 +18,7 @@ from kanbu_backup_dagster.cli.arguments import open_backup
 from kanbu_backup_dagster.cli.bars import byte_bar
 from kanbu_backup_dagster.cli.group import cli
 from kanbu_backup_dagster.errors import KanbuError
+from kanbu_backup_dagster.storage.folder import rename_exclusively
 
 
 @cli.group()
@@ -76,8 +78,8 @@ def decrypt(file: str, output: str | None, as_json: bool) -> None:
     if as_json and output == "-":
         raise click.UsageError("--json and -o - would both write to standard output.")
     with byte_bar("Checking", total=found.backup.file.size, silent=as_json or output == "-") as bar:
-        prove(found.backup, found.storage, found.keys, on_bytes=bar.to)
-    chunks = content(found.backup, found.storage, found.keys)
+        proven = prove(found.backup, found.storage, found.keys, on_bytes=bar.to)
+    chunks = content(found.backup, found.storage, found.keys, proven=proven)
     if output == "-":
         for chunk in chunks:
             sys.stdout.buffer.write(chunk)
@@ -85,9 +87,9 @@ def decrypt(file: str, output: str | None, as_json: bool) -> None:
         return
     target = Path(output or Path(found.backup.filename).name.removesuffix(".enc"))
     written = 0
-    with _new_file(target) as handle:
+    with _new_file(target) as stream:
         for chunk in chunks:
-            written += os.write(handle, chunk)
+            written += stream.write(chunk)
     if as_json:
         click.echo(json.dumps({"filename": found.backup.filename, "output": str(target), "bytes": written}, indent=2))
     else:
@@ -95,24 +97,25 @@ def decrypt(file: str, output: str | None, as_json: bool) -> None:
 
 
 @contextmanager
-def _new_file(target: Path) -> Iterator[int]:
+def _new_file(target: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name only when it is whole, and replaces none."""
     part = target.with_name(target.name + ".part")
-    if target.exists():
+    if os.path.lexists(target):
         raise KanbuError(f"{target} exists already.", advice="Choose another name with -o.")
     try:
         handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except OSError as error:
         raise KanbuError(f"{part} cannot be written: {error.strerror}.") from None
     try:
-        try:
-            yield handle
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
             os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.link(part, target)
+        rename_exclusively(part, target)
     except FileExistsError:
         raise KanbuError(f"{target} exists already.", advice="Choose another name with -o.") from None
+    except OSError as error:
+        raise KanbuError(f"{target} cannot be written: {error.strerror}.") from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 
 import click
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from kanbu_backup_dagster.cli.group import cli
+from kanbu_backup_dagster.cli.tables import print_table
 
 
 @cli.command()
@@ -38,8 +37,6 @@ def history(job: str | None, limit: int, as_json: bool) -> None:
             row["schedule"] or "",
             row["status"],
             "" if row["duration_s"] is None else f"{row['duration_s']:.1f}",
-            Text("\n".join(filter(None, (row["file"], row["error"])))),
+            "\n".join(filter(None, (row["file"], row["error"]))),
         )
-    console = Console()
-    console.width = max(console.width, 200)
-    console.print(table)
+    print_table(table)

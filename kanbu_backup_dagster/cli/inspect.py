@@ -20,6 +20,7 @@ from kanbu_backup_dagster.backup.manifest import VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.cli.arguments import open_backup
 from kanbu_backup_dagster.cli.group import cli
+from kanbu_backup_dagster.cli.tables import print_table
 from kanbu_backup_dagster.errors import KanbuError
 from kanbu_backup_dagster.restore.staging import find_staging
 from kanbu_backup_dagster.restore.swap import find_replaced
@@ -60,10 +61,10 @@ def list_backups(backup_type: str | None, as_json: bool) -> None:
             f"{backup.file.size:,}",
             rows,
             _key(backup, environment.keys),
-            f"[{style}]{backup.status.value}[/]",
+            Text(backup.status.value, style=style),
             _age(manifest.proven_at) if manifest and manifest.proven_at else "",
         )
-    _print_wide(table)
+    print_table(table)
 
 
 def _key(backup: Backup, keys: Keyring) -> str:
@@ -75,13 +76,6 @@ def _key(backup: Backup, keys: Keyring) -> str:
     if keys.current is not None and keys.current.key_id == needed:
         return str(needed)
     return f"{needed} ({'previous' if needed in {key.key_id for key in keys.previous} else 'not set'})"
-
-
-def _print_wide(table: Table) -> None:
-    # A name cut short by a narrow terminal, or by a pipe's 80 columns, cannot be copied.
-    console = Console()
-    console.width = max(console.width, 160)
-    console.print(table)
 
 
 def _summary(backup: Backup) -> dict[str, Any]:

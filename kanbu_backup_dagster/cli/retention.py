@@ -8,13 +8,14 @@ from datetime import datetime, timezone
 from zoneinfo import ZoneInfo
 
 import click
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kanbu_backup_dagster.backup.environment import Environment, load_environment
 from kanbu_backup_dagster.backup.names import BackupType, parse_name
 from kanbu_backup_dagster.backup.pruning import PrunePlan, Stranger, plan_prune
 from kanbu_backup_dagster.cli.group import cli
+from kanbu_backup_dagster.cli.tables import print_table
 from kanbu_backup_dagster.errors import SettingsError
 from kanbu_backup_dagster.schedule_file import (
     RetentionPolicy,
@@ -143,12 +144,9 @@ def _print(planned: PrunePlan) -> None:
         return
     table = Table("File", "", "Rules", "Reason", box=None, header_style="bold")
     for verdict in planned.plan.verdicts:
-        fate = "keep" if verdict.keep else "[bold red]delete[/]"
+        fate = Text("keep") if verdict.keep else Text("delete", style="bold red")
         table.add_row(verdict.filename, fate, ", ".join(verdict.rules), verdict.reason)
-    console = Console()
-    # A name cut short by a narrow terminal, or by a pipe's 80 columns, cannot be copied.
-    console.width = max(console.width, 200)
-    console.print(table)
+    print_table(table)
     plan = planned.plan
     click.echo(f"{len(plan.verdicts) - len(plan.deletions)} stay, {len(plan.deletions)} go.")
 

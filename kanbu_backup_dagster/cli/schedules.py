@@ -142,7 +142,7 @@ def _row_options(*, required: bool) -> Callable[[Callable[..., None]], Callable[
         click.option("--keep-daily", type=int, help="Most recent days kept."),
         click.option("--keep-weekly", type=int, help="Most recent weeks kept (Sundays)."),
         click.option("--keep-monthly", type=int, help="Most recent months kept (the 1st)."),
-        click.option("--catch-up-hours", type=float, help="How late a missed run may start; 0: never."),
+        click.option("--catch-up-hours", type=float, help="How late a missed run may start; 0: ten minutes."),
     ]
 
     def apply(command: Callable[..., None]) -> Callable[..., None]:

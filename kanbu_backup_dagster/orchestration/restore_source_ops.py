@@ -109,13 +109,13 @@ def extract(
         backup, storage = find_backup(extraction.request, loaded.storage, loaded.keys)
         manifest = backup.manifest
         verifying, size = reporter(context, "verifying", of="Restore"), backup.file.size
-        prove(
+        proven = prove(
             backup,
             storage,
             loaded.keys,
             on_bytes=lambda count: verifying(Progress(count, size, time.monotonic() - begun)),
         )
-        with closing(content(backup, storage, loaded.keys)) as chunks:  # type: ignore[type-var]  # a generator
+        with closing(content(backup, storage, loaded.keys, proven=proven)) as chunks:  # type: ignore[type-var]  # a generator
             tree = extract_archive(
                 decompress(chunks), Path(extraction.into), manifest.source if manifest is not None else None
             )

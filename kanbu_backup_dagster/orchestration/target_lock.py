@@ -124,8 +124,13 @@ def _enter(folder: Path, entry: Path, holder: Holder, *, exclusive: bool) -> tup
         if in_the_way:
             return None, in_the_way
         handle = os.open(entry, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        os.write(handle, json.dumps({**asdict(holder), "exclusive": exclusive}).encode())
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            os.write(handle, json.dumps({**asdict(holder), "exclusive": exclusive}).encode())
+        except BaseException:  # a full disk: an entry that says nothing would be in everybody's way
+            entry.unlink(missing_ok=True)
+            os.close(handle)
+            raise
         return handle, []
     finally:
         os.close(gate)

@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 from kanbu_backup_dagster.backup.keys import Keyring
 from kanbu_backup_dagster.backup.landing import Progress
+from kanbu_backup_dagster.backup.reading import prove
 from kanbu_backup_dagster.errors import RestoreError
 from kanbu_backup_dagster.restore.checks import Checked, check_database
 from kanbu_backup_dagster.restore.plan import RestorePlan, find_backup
 from kanbu_backup_dagster.restore.server import Server, find_databases, run
 from kanbu_backup_dagster.restore.staging import (
     Loaded,
-    content_hash,
     create_staging,
     drop_leftovers,
     drop_staging,
@@ -56,7 +56,7 @@ def load_staging(
     backup, storage = find_backup(plan.request, storage, keys)
     for name in drop_leftovers(plan.server, settings, plan.target):
         tell(f"Removed what a killed restore left: {name}")
-    proven = content_hash(backup, storage, keys, on_bytes=on_checked)
+    proven = prove(backup, storage, keys, on_bytes=on_checked)
     head = read_head(backup, storage, keys)
     if head.creates_database:
         raise RestoreError(
@@ -74,7 +74,7 @@ def load_staging(
         plan.server,
         settings,
         plan.staging,
-        proven_hash=proven,
+        proven=proven,
         on_progress=on_progress,
     )
     for statement in loaded.left_out:

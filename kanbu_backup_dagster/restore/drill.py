@@ -20,12 +20,13 @@ from pydantic import SecretStr
 from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.keys import Keyring
 from kanbu_backup_dagster.backup.landing import Progress
+from kanbu_backup_dagster.backup.reading import prove
 from kanbu_backup_dagster.errors import KanbuError, NotDrillableError, RestoreError, SettingsError, SourceError
 from kanbu_backup_dagster.restore.checks import Checked, check_database
 from kanbu_backup_dagster.restore.database import create_roles
 from kanbu_backup_dagster.restore.plan import missing_extensions, missing_roles, psql_problem
 from kanbu_backup_dagster.restore.server import Server, find_databases, open_server, run
-from kanbu_backup_dagster.restore.staging import content_hash, create_staging, drop_staging, load, read_head
+from kanbu_backup_dagster.restore.staging import create_staging, drop_staging, load, read_head
 from kanbu_backup_dagster.schedule_file import Assertion
 from kanbu_backup_dagster.settings import PgMode, Settings
 from kanbu_backup_dagster.sources.commands import query, quote_identifier
@@ -143,14 +144,14 @@ def drill(
         drop_staging(server, settings, name)
         tell(f"Removed what a killed drill left: {name}")
     begun = time.monotonic()
-    proven = content_hash(backup, storage, keys)
+    proven = prove(backup, storage, keys)
     head = read_head(backup, storage, keys)
     roles = tuple(missing_roles(server, backup))
     database = _PREFIX + secrets.token_hex(4)
     try:
         create_roles(server, settings, roles)
         create_staging(server, settings, database, like=None, encoding=head.encoding)
-        loaded = load(backup, storage, keys, server, settings, database, proven_hash=proven, on_progress=on_progress)
+        loaded = load(backup, storage, keys, server, settings, database, proven=proven, on_progress=on_progress)
         for statement in loaded.left_out:
             tell(f"Left out, since this server does not know it: {statement}")
         facts = backup.manifest.database if backup.manifest else None

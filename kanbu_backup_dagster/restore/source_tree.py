@@ -15,6 +15,7 @@ files belong to the user who runs this. Files lose their setuid and setgid bits,
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import stat
@@ -116,6 +117,17 @@ def extract_archive(chunks: Iterator[bytes], folder: Path, expected: SourceFacts
     )
 
 
+def _sync_file_system(folder: Path) -> None:
+    """Write out the file system that a folder is on, and no other, which may hang (syncfs(2))."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(handle) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(folder))
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
     """A private folder that takes the place of `folder` when the block ends well, and is gone otherwise."""
@@ -131,7 +143,7 @@ def _staged(folder: Path) -> Iterator[Path]:
             os.chown(staging, place.st_uid, place.st_gid)
         staging.chmod(stat.S_IMODE(place.st_mode))
         # Without this a power failure could leave the tree in place and its files empty.
-        os.sync()
+        _sync_file_system(staging)
         staging.rename(folder)
     except BaseException as error:
         if staging is not None:

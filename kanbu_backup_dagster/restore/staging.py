@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.keys import Keyring
 from kanbu_backup_dagster.backup.landing import Progress
-from kanbu_backup_dagster.backup.reading import content
+from kanbu_backup_dagster.backup.reading import beginning, content
 from kanbu_backup_dagster.backup.sql_dump import DumpFindings, DumpScanner, PsqlInputFilter
 from kanbu_backup_dagster.backup.stages import decompress
 from kanbu_backup_dagster.errors import CorruptBackupError, RestoreError, SourceError
@@ -164,7 +164,7 @@ def read_head(backup: Backup, storage: Storage, keys: Keyring) -> DumpHead:
         CorruptBackupError: It is not gzip although its name says so.
     """
     head = b""
-    with closing(_sql(backup, content(backup, storage, keys))) as chunks:  # type: ignore[type-var]
+    with closing(_sql(backup, beginning(backup, storage, keys))) as chunks:  # type: ignore[type-var]
         for chunk in chunks:
             head += chunk
             if len(head) >= _HEAD_BYTES:
@@ -175,29 +175,6 @@ def read_head(backup: Backup, storage: Storage, keys: Keyring) -> DumpHead:
 
 def _sql(backup: Backup, chunks: Iterator[bytes]) -> Iterator[bytes]:
     return decompress(chunks) if backup.name.compressed else chunks
-
-
-def content_hash(
-    backup: Backup, storage: Storage, keys: Keyring, *, on_bytes: Callable[[int], None] = lambda count: None
-) -> str:
-    """The first pass: read, decrypt and verify all of the file, and hand nothing on.
-
-    Args:
-        on_bytes: Told how many content bytes were read so far.
-
-    Returns:
-        SHA-256 of the content, hex: what the second pass must see again.
-
-    Raises:
-        EncryptionKeyError: The file is encrypted and its key is not set.
-        CorruptBackupError: "Checksum mismatch": it is not what was written.
-    """
-    seen, total = hashlib.sha256(), 0
-    for chunk in content(backup, storage, keys):
-        seen.update(chunk)
-        total += len(chunk)
-        on_bytes(total)
-    return seen.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -225,21 +202,20 @@ def load(
     settings: Settings,
     database: str,
     *,
-    proven_hash: str,
+    proven: str,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Loaded:
     """The second pass: decrypt, decompress and feed psql, verifying once more what was fed.
 
     Args:
         database: The staging database, empty; of no use after a failure.
-        proven_hash: What `content_hash` gave.
+        proven: What `reading.prove` gave.
 
     Raises:
         RestoreError: An SQL statement failed; says which line of the dump, and the server's words.
         CorruptBackupError: The file is not what the first pass read, or not a whole dump.
     """
     begun = time.monotonic()
-    seen = hashlib.sha256()
     manifest = backup.manifest
     scanner = DumpScanner() if manifest is None else None
     strainer = PsqlInputFilter(server.settings)
@@ -266,7 +242,7 @@ def load(
     with server.access.start(settings, "psql", arguments, database=database, feeds=True) as process:
         try:
             process.write(head.encode())
-            with closing(_sql(backup, _hashed(content(backup, storage, keys), seen.update))) as chunks:  # type: ignore[type-var]
+            with closing(_sql(backup, content(backup, storage, keys, proven=proven))) as chunks:  # type: ignore[type-var]
                 for passed in strainer(watched(chunks)):
                     process.write(passed)
             process.close_input()
@@ -276,18 +252,7 @@ def load(
             continue
         if process.wait() != 0:
             raise _failure(process, head.count("\n"))
-    if seen.hexdigest() != proven_hash:
-        raise CorruptBackupError(
-            f"Checksum mismatch: {backup.filename} changed while it was being restored.",
-            advice="Nothing was replaced. Try again, or a different backup.",
-        )
     return Loaded(total, time.monotonic() - begun, tuple(strainer.left_out), _findings(backup, scanner))
-
-
-def _hashed(chunks: Iterator[bytes], update: Callable[[bytes], None]) -> Iterator[bytes]:
-    for chunk in chunks:
-        update(chunk)
-        yield chunk
 
 
 def _findings(backup: Backup, scanner: DumpScanner | None) -> DumpFindings | None:

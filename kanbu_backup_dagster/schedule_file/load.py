@@ -328,7 +328,6 @@ def _words(kind: str, detail: Any) -> str:
     kinds = {
         "int_type": "a whole number",
         "float_type": "a number",
-        "finite_number": "a finite number",
         "bool_type": "true or false",
         "string_type": "text (in quotes, if it looks like something else)",
         "tuple_type": "a list",

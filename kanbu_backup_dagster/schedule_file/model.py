@@ -18,6 +18,10 @@ from kanbu_backup_dagster.schedule_file.cron import cron_problem
 
 FORMAT_VERSION = 1
 
+# Ten years: what anybody means by "for ever", and no more than dates can be reckoned with.
+_LONGEST_DAYS = 3_650
+_LONGEST_HOURS = 24 * _LONGEST_DAYS
+
 
 def _usable_cron(cron: str) -> str:
     if problem := cron_problem(cron):
@@ -96,8 +100,8 @@ class Schedule(RetentionPolicy):
     catch_up_hours: float = Field(
         default=72,
         ge=0,
-        allow_inf_nan=False,
-        description="A run missed while the service was down starts once, late, up to this many hours; 0 never.",
+        le=_LONGEST_HOURS,
+        description="A run missed while the service was down starts late, up to this many hours; 0: ten minutes.",
     )
 
     @property
@@ -133,18 +137,18 @@ class Notifications(_Section):
         description="The body to send: auto recognises Slack and Discord by the URL.",
     )
     give_up_after_days: float = Field(
-        default=3, gt=0, allow_inf_nan=False, description="Days of retrying before an alert is given up, visibly."
+        default=3, gt=0, le=_LONGEST_DAYS, description="Days of retrying before an alert is given up, visibly."
     )
     overdue_grace_hours: float = Field(
         default=6,
         ge=0,
-        allow_inf_nan=False,
+        le=_LONGEST_HOURS,
         description="Hours beyond a schedule's period without a successful backup before it is overdue.",
     )
     storage_low_days: float = Field(
         default=3,
         ge=0,
-        allow_inf_nan=False,
+        le=_LONGEST_DAYS,
         description="Days of coming backups that storage must have room for, or it is low; 0 never.",
     )
 

@@ -386,6 +386,9 @@ def _data_extents(fd: int, status: os.stat_result) -> list[tuple[int, int]]:
     try:
         while end < size:
             start = os.lseek(fd, end, os.SEEK_DATA)
+            if start >= size:  # it grew meanwhile, past what is archived of it
+                extents.append((size, 0))
+                break
             hole = os.lseek(fd, start, os.SEEK_HOLE)
             start -= start % BLOCK
             end = min(hole + -hole % BLOCK, size)

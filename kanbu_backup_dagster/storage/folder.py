@@ -94,7 +94,7 @@ class FolderStorage:
             content = {"storage": str(uuid.uuid4()), "since": datetime.now(timezone.utc).isoformat(timespec="seconds")}
             _write_new(temporary, (json.dumps(content) + "\n").encode())
             try:
-                _rename_exclusively(temporary, self._folder / MARK_NAME)
+                rename_exclusively(temporary, self._folder / MARK_NAME)
             except (FileExistsError, FileNotFoundError):
                 # Another run marked the folder first, and may have cleared our temporary file as a leftover.
                 temporary.unlink(missing_ok=True)
@@ -130,14 +130,13 @@ class FolderStorage:
 
     def files(self) -> list[StoredFile]:
         with self._translated("list"):
-            return sorted(
-                (
-                    _stored_file(name, entry.stat(follow_symlinks=False))
-                    for name, entry in self._entries()
-                    if not name.endswith(SIDECAR_SUFFIX)
-                ),
-                key=lambda file: file.name,
-            )
+            found = []
+            for name, entry in self._entries():
+                # What another run deletes meanwhile is no longer there.
+                with suppress(FileNotFoundError):
+                    if not name.endswith(SIDECAR_SUFFIX):
+                        found.append(_stored_file(name, entry.stat(follow_symlinks=False)))
+            return sorted(found, key=lambda file: file.name)
 
     def sidecars(self) -> list[str]:
         with self._translated("list"):
@@ -323,11 +322,14 @@ class _IncomingFile:
             handle, view = self._opened(), memoryview(chunk)
             while view:
                 view = view[os.write(handle, view) :]
-        self._written += len(chunk)
-        # Written to the disk while more is coming, so that the sync at the end does not wait for all of it.
-        if self._written - self._flushed >= _FLUSH_EVERY_BYTES and (self._flush is None or self._flush.done()):
-            self._flushed = self._written
-            self._flush = self._flusher.submit(os.fdatasync, handle)
+            self._written += len(chunk)
+            # Written to the disk while more is coming, so that the sync at the end does not wait for all of it.
+            if self._written - self._flushed >= _FLUSH_EVERY_BYTES and (self._flush is None or self._flush.done()):
+                if self._flush is not None:
+                    # The system tells of pages it could not write once only: the sync at the end would not hear of it.
+                    self._flush.result()
+                self._flushed = self._written
+                self._flush = self._flusher.submit(os.fdatasync, handle)
 
     def _opened(self) -> int:
         # Not before there is something to write: rclone uploads an empty file some time after it was closed, and thus
@@ -363,7 +365,7 @@ class _IncomingFile:
             if not os.path.lexists(final):
                 raise storage._inaccessible(f"{name} was deleted from {storage.location} meanwhile.")
             self._part.replace(final)
-            _sync_folder(storage._folder)
+            _sync_folder(final.parent)
         self.discard()
 
     def _make_lasting(self) -> None:
@@ -390,9 +392,11 @@ class _IncomingFile:
         try:
             # Whoever reads the file must find its sidecar, also after a crash: its entry is made lasting first.
             _sync_folder(self._storage._folder)
-            _rename_exclusively(self._part, final)
+            rename_exclusively(self._part, final)
         except BaseException as error:
-            beside.unlink(missing_ok=True)
+            # Interrupted between the two halves of the renaming, the file bears its name, and the sidecar is its own.
+            if not _are_one(self._part, final):
+                beside.unlink(missing_ok=True)
             if isinstance(error, FileExistsError):  # a writer that does not know our lock took the name
                 return False
             raise
@@ -410,6 +414,13 @@ class _IncomingFile:
             finally:
                 # In this order: closing is what makes rclone upload what there is.
                 self._part.unlink(missing_ok=True)
+
+
+def _are_one(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except FileNotFoundError:
+        return False
 
 
 def _write_new(path: Path, content: bytes) -> None:
@@ -468,7 +479,7 @@ def _direct(handle: int, chunk_bytes: int) -> Iterator[bytes]:
             yield chunk
 
 
-def _rename_exclusively(part: Path, final: Path) -> None:
+def rename_exclusively(part: Path, final: Path) -> None:
     """Rename without overwriting: a hard link refuses an existing name in one step, where the file system has them."""
     try:
         os.link(part, final)

@@ -18,8 +18,6 @@ def open_storage(settings: Settings) -> Storage:
     if settings.storage is StorageKind.LOCAL:
         return FolderStorage(settings.storage_path)
     control = None
-    if settings.rclone_rc_addr is not None:
-        control = RemoteControl(
-            settings.rclone_rc_addr, user=settings.rclone_rc_user, password=settings.secret("rclone_rc_password")
-        )
+    if (address := settings.secret("rclone_rc_addr")) is not None:
+        control = RemoteControl(address, user=settings.rclone_rc_user, password=settings.secret("rclone_rc_password"))
     return RcloneStorage(settings.storage_path, control=control, patience=settings.rclone_timeout_seconds)

@@ -91,11 +91,15 @@ def test_adopting_holding_and_what_the_next_prune_does(configure: Configure, kan
     Path("kanbu_backup.yaml").write_text(SCHEDULES)
     files = [legacy(store, days) for days in (3, 2, 1)]
     (store / "notes.txt").write_text("not a backup")
+    (store / "a[b].txt").write_text("nor this one, with a name that is no markup either")
     preview = answer(kanbu, "retention", "preview", "--type", "database")
     assert {one["filename"]: one["rules"] for one in preview} == {
         **{name: ["no_manifest"] for name in files},
         "notes.txt": ["foreign_name"],
+        "a[b].txt": ["foreign_name"],
     }
+    assert "a[b].txt" in kanbu("retention", "preview", "--type", "database")[1]
+    (store / "a[b].txt").unlink()
     for name in files:
         manifest = answer(kanbu, "adopt", name)
         assert manifest["database"]["rows"] == {"public.t": 2}

@@ -6,6 +6,7 @@ import gzip
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,6 +96,18 @@ def test_decrypting(backed_up: tuple[Path, str], tmp_path: Path) -> None:
     assert b"COPY public.t" in gzip.decompress(plain.read_bytes())
     assert kanbu("decrypt", name, "-o", "-").stdout == plain.read_bytes()
     assert "exists already" in refused(1, "decrypt", name, "-o", plain)
+    # A disk that fills up, or here a file that may not grow, within the last chunk.
+    room = plain.stat().st_size - 100
+    full = subprocess.run(
+        [sys.executable, "-m", "kanbu_backup_dagster.cli", "decrypt", name, "-o", tmp_path / "never"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+    )
+    assert (full.returncode, full.stdout) == (1, "")
+    assert full.stderr == f"error: {tmp_path / 'never'} cannot be written: File too large.\n"
     cut = (store / name).read_bytes()[:-1]
     (store / name).write_bytes(cut)
     assert "Checksum mismatch" in refused(7, "decrypt", name, "-o", "-")

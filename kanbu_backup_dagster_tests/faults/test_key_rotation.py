@@ -18,7 +18,7 @@ from kanbu_backup_dagster.backup.catalog import Catalog
 from kanbu_backup_dagster.backup.keys import EncryptionKey, Keyring, derive_key
 from kanbu_backup_dagster.backup.manifest import Manifest, Trigger, Verification, VerificationStatus
 from kanbu_backup_dagster.backup.names import require_name
-from kanbu_backup_dagster.backup.reading import content, key_of
+from kanbu_backup_dagster.backup.reading import content, key_of, prove
 from kanbu_backup_dagster.backup.rotation import Action, plan, rotate
 from kanbu_backup_dagster.backup.stages import encrypt
 from kanbu_backup_dagster.backup.verification import verify
@@ -71,7 +71,7 @@ def land(
 def readable(storage: FolderStorage, keys: Keyring = RING) -> EncryptionKey:
     """The key that reads the file now, after everything about it was found in order."""
     backup = Catalog(storage, keys).get(NAME)
-    assert b"".join(content(backup, storage, keys)) == CONTENT
+    assert b"".join(content(backup, storage, keys, proven=prove(backup, storage, keys))) == CONTENT
     if backup.manifest is not None:
         assert verify(backup, storage, keys).status is VerificationStatus.VERIFIED
     key = key_of(backup, storage, keys)

@@ -21,7 +21,7 @@ from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.keys import Keyring, derive_key
 from kanbu_backup_dagster.backup.landing import Origin, make_backup
 from kanbu_backup_dagster.backup.manifest import Manifest, VerificationStatus
-from kanbu_backup_dagster.backup.reading import content
+from kanbu_backup_dagster.backup.reading import content, prove
 from kanbu_backup_dagster.backup.recipe import Recipe
 from kanbu_backup_dagster.errors import KanbuError, SourceError, StorageError
 from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
@@ -66,9 +66,8 @@ def test_a_backup_is_whole_and_known(each_mode: PostgresForTest, configure: Conf
     assert [stage.name for stage in manifest.stages] == ["dump", "compress", "checksum", "encrypt"]
     assert manifest.stages[0].bytes_out == manifest.raw_bytes
     environment = load_environment()
-    plain = gzip.decompress(
-        b"".join(content(environment.catalog.get(manifest.filename), environment.storage, environment.keys))
-    )
+    stored = (environment.catalog.get(manifest.filename), environment.storage, environment.keys)
+    plain = gzip.decompress(b"".join(content(*stored, proven=prove(*stored))))
     assert len(plain) == manifest.raw_bytes
     with DagsterInstance.get() as instance:
         assert instance.get_dynamic_partitions("database_backup_files") == [manifest.filename]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -53,6 +54,20 @@ def test_a_restore_shuts_everybody_out_of_its_target_and_of_no_other(locks: Lock
                 pass
         with locks.hold("another", BACKUP, exclusive=True):
             pass
+
+
+def test_one_who_cannot_say_who_he_is_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locks = FolderLocks(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space"), locks.hold("kanbu", BACKUP, exclusive=True):
+            pass
+    with locks.hold("kanbu", RESTORE, exclusive=True):
+        pass
 
 
 def test_waiting_ends_when_the_holder_leaves(locks: Locks) -> None:

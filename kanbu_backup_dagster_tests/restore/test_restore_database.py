@@ -261,15 +261,15 @@ def test_what_changes_between_the_passes_is_never_swapped_in(bench: Bench, monke
     before = bench.dump()
     from kanbu_backup_dagster.restore import database as steps
 
-    proven = steps.content_hash
+    proven = steps.prove
 
     def then_replaced(*arguments: object, **options: object) -> str:
         found = proven(*arguments, **options)  # type: ignore[arg-type]
         bench.legacy(dump.replace(b"integer", b"text"))
         return found
 
-    monkeypatch.setattr(steps, "content_hash", then_replaced)
-    with pytest.raises(CorruptBackupError, match="changed while it was being restored"):
+    monkeypatch.setattr(steps, "prove", then_replaced)
+    with pytest.raises(CorruptBackupError, match="changed while it was being read"):
         bench.restore(file)
     assert bench.databases() == {bench.name}
     assert bench.dump() == before

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -111,6 +112,59 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         assert put(storage) in visible(storage)
     finally:
         subprocess.run(["umount", mount], check=True)
+
+
+def test_a_page_that_could_not_be_written_is_heard_of(storage: FolderStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system reports it to the first sync that asks, which may be one of those on the way, and to no other."""
+    monkeypatch.setattr(folder_module, "_FLUSH_EVERY_BYTES", 1)
+    reports = iter([OSError(errno.EIO, "Input/output error")])
+
+    def once(handle: int) -> None:
+        for error in reports:
+            raise error
+
+    monkeypatch.setattr(os, "fdatasync", once)
+    with pytest.raises(StorageError, match="Input/output error"):
+        put_slowly(storage)
+    assert visible(storage) == set()
+
+
+def put_slowly(storage: FolderStorage) -> None:
+    with storage.receive() as incoming:
+        for _ in range(3):
+            incoming.write(b"x")
+            time.sleep(0.05)  # until the flush beside has ended, and is followed by another
+        incoming.commit(iter(["kanbu_0"]), lambda name: b"about it")
+
+
+def test_interrupted_when_the_file_has_its_name_it_keeps_its_sidecar(
+    storage: FolderStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def then_interrupted(*arguments: object) -> None:
+        link(*arguments)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "link", then_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put(storage)
+    assert visible(storage) == {"kanbu_0", "kanbu_0.manifest.json"}
+
+
+def test_what_is_deleted_while_it_is_listed_is_not_there(
+    storage: FolderStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [put(storage, first=number) for number in range(3)]
+    entries = storage._entries
+
+    def meanwhile() -> Iterator[tuple[str, os.DirEntry[str]]]:
+        found = list(entries())
+        storage.delete(names[1])
+        yield from found
+
+    monkeypatch.setattr(storage, "_entries", meanwhile)
+    assert [file.name for file in storage.files()] == [names[0], names[2]]
 
 
 def test_without_hard_links_nothing_is_overwritten_either(

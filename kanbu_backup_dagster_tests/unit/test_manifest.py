@@ -96,7 +96,9 @@ def test_a_newer_format_is_refused_politely() -> None:
         parse_manifest(NAME, newer, Keyring())
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format_version": 1}', b'"x"'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format_version": 1}', b'"x"', b"[" * 100_000]
+)
 def test_what_is_no_manifest_is_refused_with_its_place(content: bytes) -> None:
     with pytest.raises(CorruptBackupError, match=r"manifest\.json"):
         parse_manifest(NAME, content, Keyring())

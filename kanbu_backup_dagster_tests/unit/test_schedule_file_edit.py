@@ -409,7 +409,7 @@ CHANGES = st.fixed_dictionaries(
         "enabled": st.booleans(),
         "retention_days": st.integers(0, 10**6),
         "keep_monthly": st.integers(0, 100),
-        "catch_up_hours": st.integers(0, 100) | st.floats(0, 1e6),
+        "catch_up_hours": st.integers(0, 100) | st.floats(0, 87_600),
     },
 )
 

@@ -68,6 +68,30 @@ def test_sparse_files_stay_sparse(top: Path, tmp_path: Path) -> None:
 
 
 @needs_tar
+def test_a_sparse_file_that_grows_past_a_gap_while_it_is_looked_at(
+    top: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (top / "a-growing").open("wb") as file:
+        file.truncate(1 << 20)
+    (top / "b-after").write_bytes(b"what comes after it")
+    look = source_tree._data_extents
+
+    def grown(fd: int, status: os.stat_result) -> list[tuple[int, int]]:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("a-growing"):
+            with (top / "a-growing").open("r+b") as file:
+                file.seek(3 << 20)
+                file.write(b"more")
+        return look(fd, status)
+
+    monkeypatch.setattr(source_tree, "_data_extents", grown)
+    chunks, facts = archive(SourceTree(top))
+    stock_tar(chunks, tmp_path / "out")
+    assert (tmp_path / "out/kanbu/a-growing").read_bytes() == bytes(1 << 20)
+    assert (tmp_path / "out/kanbu/b-after").read_bytes() == b"what comes after it"
+    assert any("grew by" in warning for warning in facts.warnings)
+
+
+@needs_tar
 def test_a_sparse_file_beyond_8_gib(top: Path, tmp_path: Path) -> None:
     with (top / "huge").open("wb") as file:
         file.truncate(9 << 30)
