@@ -93,12 +93,6 @@ class Recipe:
         """This recipe, encrypting."""
         return replace(self, encryption=Encrypt(key_id))
 
-    @property
-    def stage_names(self) -> tuple[str, ...]:
-        """The names of the stages, in order."""
-        chosen = (("compress", self.compression), ("checksum", self.checksum), ("encrypt", self.encryption))
-        return (self.source.name, *(name for name, stage in chosen if stage is not None))
-
 
 @dataclass
 class _Meter:

@@ -12,7 +12,6 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 FIRST_WAIT = timedelta(seconds=30)
 LONGEST_WAIT = timedelta(hours=1)
-GIVE_UP_AFTER = timedelta(days=3)
 LEAST_ATTEMPTS = 20
 """No delivery is given up on fewer attempts, however long ago the first was: a clock may leap, a machine may be off."""
 
@@ -41,7 +40,7 @@ class Backoff(BaseModel):
         """Whether to try again. A clock that was set back since the last attempt does not lengthen the wait."""
         return now >= self.next_attempt_at or now < self.last_failed_at
 
-    def is_hopeless(self, now: datetime, give_up_after: timedelta = GIVE_UP_AFTER) -> bool:
+    def is_hopeless(self, now: datetime, give_up_after: timedelta) -> bool:
         """Whether to give up, visibly: so long a time, and at least twenty attempts, have failed."""
         return self.attempts >= LEAST_ATTEMPTS and now - self.first_failed_at >= give_up_after
 

@@ -54,7 +54,6 @@ _LABELS = {
     "path": "Storage",
     "free_bytes": "Free",
     "needed_bytes": "Needed",
-    "total_bytes": "Capacity",
     "file": "File",
 }
 _GREEN, _RED = 0x2E7D32, 0xC62828

@@ -1,4 +1,4 @@
-"""Where events are sent: an address that is kept secret, the form it takes, and what it wants to hear.
+"""Where events are sent: an address that is kept secret, and the form it takes.
 
 What belongs here: judging a URL when settings are read, and choosing the form of the body. What does not: sending.
 """
@@ -114,20 +114,12 @@ class Endpoint:
         name: What it is called in the UI, in logs and in delivery ids; not secret, kept when the URL changes.
         secret: What the body is signed with; None: not signed.
         format: The body's form; never `auto`.
-        on_success: Whether it is told of successes.
-        on_failure: Whether it is told of everything else (failures, what is overdue and its end, what needs care).
     """
 
     name: str
     url: SecretUrl
     secret: str | None = field(default=None, repr=False)
     format: WebhookFormat = WebhookFormat.KANBU
-    on_success: bool = False
-    on_failure: bool = True
-
-    def wants(self, event: Event) -> bool:
-        """Whether this endpoint is to be told of `event`."""
-        return self.on_success if event.is_success else self.on_failure
 
     def body(self, event: Event, *, test: bool = False) -> bytes:
         """The bytes to post for `event`."""
@@ -141,18 +133,14 @@ class Endpoint:
 def webhook_endpoint(
     url: str,
     *,
-    name: str = "webhook",
-    source: str = "BACKUP_WEBHOOK_URL",
     secret: str | None = None,
     webhook_format: WebhookFormat = WebhookFormat.AUTO,
-    on_success: bool = False,
-    on_failure: bool = True,
 ) -> Endpoint:
     """An endpoint out of settings. `auto` recognises the form by the URL; an empty secret is none.
 
     Raises:
-        SettingsError: The URL cannot be used (see `SecretUrl`); `source` is named.
+        SettingsError: The URL cannot be used (see `SecretUrl`).
     """
-    address = SecretUrl(url, source=source)
+    address = SecretUrl(url, source="BACKUP_WEBHOOK_URL")
     form = recognise(address) if webhook_format is WebhookFormat.AUTO else webhook_format
-    return Endpoint(name, address, secret or None, form, on_success, on_failure)
+    return Endpoint("webhook", address, secret or None, form)

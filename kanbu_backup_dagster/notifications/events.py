@@ -153,7 +153,6 @@ class StoragePart(_Part):
     path: Text
     free_bytes: Count
     needed_bytes: Count
-    total_bytes: Count | None = None
 
 
 class ConfigProblem(_Part):

@@ -94,9 +94,15 @@ class OtherDatabase:
 @op(description="Chooses how to reach the database, connects, and describes its dump.")
 def dump(context: OpExecutionContext, environment: BackupEnvironment, other: OtherDatabase | None = None) -> Recipe:
     with explained():
-        source, method = prepare_dump(environment.load().settings, database=other.name if other else None)
+        settings = environment.load().settings
+        source, method = prepare_dump(settings, database=other.name if other else None)
+        dropped = method.access.connection(settings).dropped
     for reason in method.rejected:
         context.log.warning(f"[Backup] Left: {reason}")
+    if dropped:
+        context.log.info(
+            f"[Backup] PostgreSQL's programs do not know these parameters of DATABASE_URL: {', '.join(dropped)}"
+        )
     state = method.state
     context.log.info(
         f"[Backup] Database {state.name}, PostgreSQL {state.server_version}, {state.tables} tables, "

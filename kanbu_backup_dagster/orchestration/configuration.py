@@ -72,8 +72,6 @@ def load_configuration() -> Configuration:
                 url,
                 secret=settings.secret("webhook_secret"),
                 webhook_format=file.notifications.format,
-                on_success=file.notifications.on_success,
-                on_failure=file.notifications.on_failure,
             )
     except SettingsError as error:
         problems.append(str(error))

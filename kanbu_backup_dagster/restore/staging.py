@@ -25,7 +25,14 @@ from kanbu_backup_dagster.backup.stages import decompress
 from kanbu_backup_dagster.errors import CorruptBackupError, RestoreError, SourceError
 from kanbu_backup_dagster.restore.server import UNHINDERED, Database, Server, find_databases, run, run_in
 from kanbu_backup_dagster.settings import Settings
-from kanbu_backup_dagster.sources.commands import Process, ServerAccess, query, quote_identifier, quote_literal
+from kanbu_backup_dagster.sources.commands import (
+    PSQL_OPTIONS,
+    Process,
+    ServerAccess,
+    query,
+    quote_identifier,
+    quote_literal,
+)
 from kanbu_backup_dagster.storage.protocol import Storage
 
 _PREFIX = "kanbu_staging_"
@@ -231,14 +238,7 @@ def load(
             on_progress(Progress(total, estimate, time.monotonic() - begun))
 
     head = f"\\restrict {secrets.token_hex(16)}\n{_SESSION}\n"
-    arguments = [
-        "--no-psqlrc",
-        "--no-password",
-        "--quiet",
-        "--set=ON_ERROR_STOP=1",
-        "--output=/dev/null",
-        "--file=-",
-    ]
+    arguments = [*PSQL_OPTIONS, "--output=/dev/null", "--file=-"]
     with server.access.start(settings, "psql", arguments, database=database, feeds=True) as process:
         try:
             process.write(head.encode())

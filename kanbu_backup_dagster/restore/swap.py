@@ -26,7 +26,8 @@ from kanbu_backup_dagster.settings import Settings
 from kanbu_backup_dagster.sources.commands import ServerAccess, query, quote_identifier, quote_literal
 
 _LONGEST_NAME_BYTES = 63
-_DATED_SUFFIX = "_replaced_%Y%m%d_%H%M%S"
+_REPLACED = "_replaced_"
+_DATED_SUFFIX = f"{_REPLACED}%Y%m%d_%H%M%S"
 _COMMENT_PREFIX = "kanbu-backup "
 _SECONDS_TO_BEGIN = 5
 # Each rename gives up after five seconds by itself.
@@ -249,7 +250,7 @@ def find_replaced(access: ServerAccess, settings: Settings, *, database: str | N
             except (ValueError, KeyError, TypeError):  # somebody else's words that begin like ours
                 continue
             # A name that a person gave it back, or another, is a person's decision.
-            if "_replaced_" in database_found.name:
+            if _REPLACED in database_found.name:
                 found.append(entry)
     return sorted(found, key=lambda entry: entry.at)
 

@@ -32,12 +32,11 @@ from kanbu_backup_dagster.server.supervisor import Program, Supervisor
 from kanbu_backup_dagster.server.trigger import PREFIX
 from kanbu_backup_dagster.settings import SchedulerMode, Settings, load_settings
 
-DEFAULT_PORT = 3000
 _HEALTH_SECONDS = 10
 _BACKLOG = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServeOptions:
     """What `serve` was asked.
 
@@ -49,7 +48,7 @@ class ServeOptions:
     """
 
     host: str = "127.0.0.1"
-    port: int = DEFAULT_PORT
+    port: int
     web: bool = True
     daemon: bool = True
     tls_certificate: Path | None = None

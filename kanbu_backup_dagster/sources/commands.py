@@ -29,6 +29,9 @@ STDERR_KEPT_BYTES = 4096
 _STDERR_SHOWN_LINES = 6
 _TERMINATION_SECONDS = 5
 _PR_SET_PDEATHSIG = 1
+# Nothing of the user's own settings, no question, and an end at the first error.
+PSQL_OPTIONS = ("--no-psqlrc", "--no-password", "--quiet", "--set=ON_ERROR_STOP=1")
+_BARE_ROWS = ("--tuples-only", "--no-align")
 
 
 class Process(Protocol):
@@ -245,18 +248,7 @@ def query(access: ServerAccess, settings: Settings, sql: str, *, database: str |
     """
     # JSON: the one output of psql that survives every character a name may hold.
     statement = f"SELECT coalesce(json_agg(r), '[]') FROM ({sql}) r"
-    arguments = [
-        "--no-psqlrc",
-        "--no-password",
-        "--quiet",
-        "--tuples-only",
-        "--no-align",
-        "--set=ON_ERROR_STOP=1",
-        "--command",
-        _IN_UTF8,
-        "--command",
-        statement,
-    ]
+    arguments = [*PSQL_OPTIONS, *_BARE_ROWS, "--command", _IN_UTF8, "--command", statement]
     with access.start(settings, "psql", arguments, database=database) as process:
         output = b"".join(process.chunks())
         status = process.wait()
@@ -280,15 +272,7 @@ def execute(access: ServerAccess, settings: Settings, script: str, *, database: 
     Raises:
         SourceError: A statement failed, and none after it was run; holds the server's own words.
     """
-    arguments = [
-        "--no-psqlrc",
-        "--no-password",
-        "--quiet",
-        "--tuples-only",
-        "--no-align",
-        "--set=ON_ERROR_STOP=1",
-        "--file=-",
-    ]
+    arguments = [*PSQL_OPTIONS, *_BARE_ROWS, "--file=-"]
     with access.start(settings, "psql", arguments, database=database, feeds=True) as process:
         try:
             process.write(f"{_IN_UTF8}\n{script}".encode(errors="surrogateescape"))

@@ -31,7 +31,6 @@ from kanbu_backup_dagster.storage.mounts import Mount
 from kanbu_backup_dagster.storage.protocol import SETTLED, SIDECAR_SUFFIX, Incoming, Settlement, StoredFile
 from kanbu_backup_dagster.storage.remote_control import MountProcess, RemoteControl, process_of
 
-PATIENCE_SECONDS = 60.0
 # A chunk may have to wait until rclone has sent a part of its own (8 MiB at Google) over a slow line.
 _WRITING = 5
 # Closing sends all that rclone has kept back, in the worst case the whole file: this slow a line is still waited for.
@@ -48,7 +47,7 @@ class RcloneStorage:
             file as much more as its size takes at 100 kB/s.
     """
 
-    def __init__(self, path: Path, *, control: RemoteControl | None = None, patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, path: Path, *, control: RemoteControl | None = None, patience: float) -> None:
         self._path = path
         self._control = control
         self._patience = patience

@@ -194,7 +194,7 @@ def test_nothing_is_written_behind_a_mount_that_went_away(mounted: Callable[...,
 def test_a_plain_folder_is_no_mount(tmp_path: Path) -> None:
     for work in (RcloneStorage.prepare, RcloneStorage.files, put):
         with pytest.raises(StorageError, match=r"is not on an rclone mount: it is on .* BACKUP_GDRIVE_PATH"):
-            work(RcloneStorage(tmp_path / "store"))
+            work(RcloneStorage(tmp_path / "store", patience=60))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -234,11 +234,11 @@ def test_another_mounts_remote_control_proves_nothing(mounted: Callable[..., Rcl
     storage.prepare()
     name = put(storage)
     with RcloneMount(tmp_path / "other", "writes") as other:
-        mistaken = RcloneStorage(Path(storage.location), control=other.storage()._control)
+        mistaken = RcloneStorage(Path(storage.location), control=other.storage()._control, patience=60)
         said = mistaken.settlement(name)
     assert not said.done
     assert "is another rclone's than the mount's" in said.reason
-    gone = RcloneStorage(Path(storage.location), control=other.storage()._control).settlement(name)
+    gone = RcloneStorage(Path(storage.location), control=other.storage()._control, patience=60).settlement(name)
     assert not gone.done
     assert "does not answer" in gone.reason
 

@@ -54,6 +54,7 @@ def test_a_backup_is_whole_and_known(each_mode: PostgresForTest, configure: Conf
     url = postgres.sample_database()
     store = configure(url + "&schema=public&connection_limit=5")
     outcome, manifest = run_backup()
+    assert "do not know these parameters of DATABASE_URL: connection_limit, schema" in events_text(outcome.run_id)
     facts = manifest.database
     assert facts is not None
     assert facts.server_version == postgres.version

@@ -133,7 +133,7 @@ def test_only_the_web_port_listens_and_sockets_are_private(kanbu: Serving) -> No
 def told(tmp_path: Path, settings: dict[str, object], options: ServeOptions | None = None) -> str:
     with bind("127.0.0.1", 0) as listening:
         values = Settings.model_validate({"local_path": tmp_path, **settings})
-        return "\n".join(introduction(options or ServeOptions(), values, tmp_path, listening))
+        return "\n".join(introduction(options or ServeOptions(port=0), values, tmp_path, listening))
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:
@@ -168,8 +168,8 @@ def test_what_is_on_is_told_without_secrets(tmp_path: Path) -> None:
 
 
 def test_no_password_in_the_open_is_told_loudly(tmp_path: Path) -> None:
-    assert "NO PASSWORD" in told(tmp_path, {}, ServeOptions(host="0.0.0.0", without_password=True))
-    assert "use HTTPS" in told(tmp_path, {"ui_password": "x"}, ServeOptions(host="0.0.0.0"))
+    assert "NO PASSWORD" in told(tmp_path, {}, ServeOptions(port=0, host="0.0.0.0", without_password=True))
+    assert "use HTTPS" in told(tmp_path, {"ui_password": "x"}, ServeOptions(port=0, host="0.0.0.0"))
 
 
 # --- starting and stopping ------------------------------------------------------------------------------------------
