@@ -68,6 +68,10 @@ class BusyError(KanbuError):
     """Another run holds the target."""
 
 
+class InterruptedRunError(KanbuError):
+    """A run was told to end (Ctrl-C, SIGTERM, canceled) and did."""
+
+
 class RestoreError(KanbuError):
     """A restore or a drill could not be done; the live database is as it was."""
 

@@ -15,6 +15,7 @@ from kanbu_backup_dagster.errors import (
     BusyError,
     CorruptBackupError,
     EncryptionKeyError,
+    InterruptedRunError,
     KanbuError,
     SettingsError,
     StorageError,
@@ -27,6 +28,7 @@ _EXIT_CODES: tuple[tuple[type[KanbuError], int], ...] = (
     (EncryptionKeyError, 6),
     (CorruptBackupError, 7),
     (BusyError, 8),
+    (InterruptedRunError, EXIT_INTERRUPTED),
     (KanbuError, EXIT_FAILED),
 )
 

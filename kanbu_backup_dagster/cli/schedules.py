@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kanbu_backup_dagster.cli.group import cli
-from kanbu_backup_dagster.errors import KanbuError
+from kanbu_backup_dagster.errors import KanbuError, SettingsError
 from kanbu_backup_dagster.schedule_file import (
     Schedule,
     ScheduleType,
@@ -54,7 +54,7 @@ def _facts(count: int) -> dict[str, Any]:
 
     configuration = load_configuration()
     if configuration.settings is None:
-        raise KanbuError("\n".join(configuration.settings_problems))
+        raise SettingsError("\n".join(configuration.settings_problems))
     with open_instance() as instance:
         set_in_ui = states_set_in_ui(instance)
     now = datetime.now(timezone.utc)

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from dagster import DagsterInstance
 from dagster._core.storage.base_storage import DagsterStorage
+from dagster._core.storage.compute_log_manager import CapturedLogContext
 from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
 from dagster._core.storage.root import LocalArtifactStorage
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
@@ -125,7 +127,19 @@ class HomeComputeLogs(LocalComputeLogManager):
         return {}
 
     @classmethod
-    def from_config_value(  # type: ignore[override]  # gives the manager it stands for, not itself
+    def from_config_value(
         cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
-    ) -> LocalComputeLogManager:
-        return LocalComputeLogManager(base_dir=str(dagster_home() / "storage"), inst_data=inst_data)
+    ) -> HomeComputeLogs:
+        return HomeComputeLogs(base_dir=str(dagster_home() / "storage"), inst_data=inst_data)
+
+    @contextmanager
+    def capture_logs(self, log_key: Sequence[str]) -> Iterator[CapturedLogContext]:
+        with ExitStack() as stack:
+            # Dagster's helpers, which copy what is printed to the terminal, would answer Ctrl-C there with a traceback
+            # each. What is blocked stays so in the processes that are started meanwhile; for us it is only put off.
+            former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                captured = stack.enter_context(super().capture_logs(log_key))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, former)
+            yield captured

@@ -6,16 +6,21 @@ import gzip
 import importlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from kanbu_backup_dagster.cli import group
+from kanbu_backup_dagster.orchestration.target_lock import Holder, open_locks
+from kanbu_backup_dagster.settings import load_settings
+from kanbu_backup_dagster.sources.postgres import prepare_dump
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
 
 Configure = Callable[..., Path]
@@ -75,6 +80,62 @@ def test_looking(backed_up: tuple[Path, str]) -> None:
     assert name in kanbu("show", name).stdout.decode()
 
 
+def proven_by_file() -> dict[str, Any]:
+    return {one["filename"]: one["proven_at"] for one in answer("list")}  # type: ignore[attr-defined]
+
+
+def test_a_drill_is_told_everywhere(backed_up: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first = backed_up
+    monkeypatch.setenv("BACKUP_DRILL_DATABASE_URL", os.environ["DATABASE_URL"])
+    second = answer("backup", "database")["filename"]  # type: ignore[index]
+    assert answer("status")["backups"]["last_proven_at"] is None  # type: ignore[index]
+    told = kanbu("drill", first)
+    assert (told.returncode, told.stdout.decode().partition(" A restore takes about ")[0]) == (
+        0,
+        f"{first} is proven: 1,000 rows in 1 tables, as backed up.",
+    )
+    proven = proven_by_file()
+    assert proven[first] is not None
+    assert proven[second] is None
+    lines = {line.split()[0]: line.rstrip() for line in kanbu("list").stdout.decode().splitlines() if line.strip()}
+    assert lines["File"].endswith("Proven")
+    assert re.search(r" verified +\d+ (s|min)$", lines[first]), lines[first]
+    assert lines[second].endswith(" verified")
+    assert answer("show", first)["proven_at"][:19] == proven[first][:19]  # type: ignore[index]
+    assert "proven at" in kanbu("show", first).stdout.decode()
+    assert answer("status")["backups"]["last_proven_at"] == proven[first]  # type: ignore[index]
+    assert f"last_proven_at: {proven[first]}" in kanbu("status").stdout.decode()
+    # Without a file the newest, and older ones drawn at random beside it.
+    assert answer("drill", "--older", "5")["rows"] == 1000  # type: ignore[index]
+    assert proven_by_file()[second] > proven[first]
+    assert proven_by_file()[first] > proven[first]
+
+
+def test_a_terminal_shows_a_bar_of_bytes(newest_postgres: PostgresForTest, configure: Configure) -> None:
+    configure(newest_postgres.sample_database())
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "kanbu_backup_dagster.cli", "backup", "database"],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "TERM": "xterm", "COLUMNS": "120"},
+    ) as process:
+        os.close(theirs)
+        drawn = b""
+        try:
+            while part := os.read(ours, 65536):
+                drawn += part
+        except OSError:  # so a terminal ends whose other side is closed
+            pass
+        os.close(ours)
+        assert process.stdout is not None
+        assert b"verified, encrypted" in process.stdout.read()
+    assert process.returncode == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode())
+    bars = re.findall(r"Backing up \S+ +\d+% ([\d.]+)/([\d.]+) ([kM]B)", text)
+    assert any(float(done) > 0 for done, _, _ in bars), text
+
+
 def test_verifying(backed_up: tuple[Path, str]) -> None:
     store, name = backed_up
     assert answer("verify", name)["status"] == "verified"  # type: ignore[index]
@@ -131,6 +192,28 @@ def test_mistakes_end_in_a_message_and_a_code_of_their_own(configure: Configure,
     (tmp_path / "store").mkdir()
     assert kanbu("list").stdout.decode().startswith("No backups in")
     assert kanbu("frobnicate").returncode == 2
+
+
+def test_schedules_and_settings_that_cannot_be_used(configure: Configure) -> None:
+    configure().mkdir()
+    assert "BACKUP_CRON_TIMEZONE" in refused(3, "schedules", BACKUP_CRON_TIMEZONE="Mars/Olympus")
+    Path("kanbu_backup.yaml").write_text(
+        "schedules:\n"
+        '  - {id: 1, name: Daily, type: database, cron: "0 2 * * *"}\n'
+        '  - {id: 2, name: Never, type: database, cron: "61 * * * *"}\n'
+    )
+    [problem] = answer("status")["schedules"]["problems"]  # type: ignore[index]
+    assert "line 3" in problem
+    assert "Never" in problem
+    plain = " ".join(kanbu("status").stdout.decode().split())
+    assert "enabled: 1" in plain
+    assert "line 3" in plain
+
+
+def test_a_target_that_another_run_holds(backed_up: tuple[Path, str]) -> None:
+    target = prepare_dump(load_settings())[0].state.target
+    with open_locks().hold(target, Holder.now("restore_database", "a-restore"), exclusive=True):
+        assert "held by restore_database, run a-restore" in refused(8, "backup", "database")
 
 
 def test_every_command_is_found_and_explained() -> None:

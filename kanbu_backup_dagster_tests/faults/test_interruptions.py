@@ -15,13 +15,18 @@ from pathlib import Path
 import psycopg2
 import pytest
 from dagster import DagsterInstance, DagsterRunStatus
+from dagster._core.errors import DagsterExecutionInterruptedError
 
 from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.manifest import VerificationStatus
 from kanbu_backup_dagster.backup.names import parse_name
 from kanbu_backup_dagster.backup.verification import verify
+from kanbu_backup_dagster.errors import InterruptedRunError, KanbuError
+from kanbu_backup_dagster.orchestration import run_scope
 from kanbu_backup_dagster.orchestration.run_here import run_job
-from kanbu_backup_dagster.storage.folder import MARK_NAME
+from kanbu_backup_dagster.orchestration.target_lock import Holder, open_locks, storage_name
+from kanbu_backup_dagster.storage.folder import MARK_NAME, FolderStorage
+from kanbu_backup_dagster_tests.backups import store_backup
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
 
 Configure = Callable[..., Path]
@@ -103,6 +108,80 @@ def test_a_run_that_is_told_to_end_leaves_no_process_and_no_file(
         said = "\n".join(str(entry.user_message) + str(entry.dagster_event) for entry in instance.all_logs(run.run_id))
         assert "interrupted" in said
         assert "store" in said
+
+
+def start_command(*arguments: str) -> subprocess.Popen[str]:
+    """The command line in a process group of its own, as a terminal's shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "kanbu_backup_dagster.cli", *arguments],
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def is_told_that_it_was_interrupted(command: subprocess.Popen[str], number: signal.Signals) -> None:
+    # A terminal sends it to the whole group.
+    os.killpg(command.pid, number)
+    _, said = command.communicate(timeout=30)
+    assert (command.returncode, said) == (130, "error: The run was interrupted.\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_backup_ends_with_130(
+    newest_postgres: PostgresForTest, configure: Configure, number: signal.Signals
+) -> None:
+    url = newest_postgres.database("CREATE TABLE t (i int)")
+    store = configure(url)
+    with locked(url):
+        command = start_command("backup", "database")
+        eventually(lambda: newest_postgres.query(url, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        is_told_that_it_was_interrupted(command, number)
+    assert os.listdir(store) == [MARK_NAME]
+
+
+@pytest.mark.parametrize("arguments", [("prune",), ("drill",)])
+def test_other_commands_that_are_interrupted_end_with_130(configure: Configure, arguments: tuple[str, ...]) -> None:
+    store = configure()
+    store_backup(store)
+    others = Holder.now("rotate_keys", "another run")
+    with open_locks().hold(storage_name(FolderStorage(store)), others, exclusive=True):
+        command = start_command(*arguments)
+
+        def waits() -> bool:
+            with DagsterInstance.get() as instance:
+                steps = {
+                    stats.step_key for run in instance.get_runs() for stats in instance.get_run_step_stats(run.run_id)
+                }
+            return bool(steps & {"prune_all", "drill"})
+
+        eventually(waits)
+        time.sleep(0.5)
+        is_told_that_it_was_interrupted(command, signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "said"),
+    [
+        (DagsterExecutionInterruptedError(), InterruptedRunError, "interrupted"),
+        (OSError("the locks are away"), KanbuError, "the locks are away"),
+    ],
+)
+def test_a_run_that_ended_between_steps_says_why(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, fault: BaseException, kind: type[KanbuError], said: str
+) -> None:
+    configure()
+
+    def fail() -> None:
+        raise fault
+
+    monkeypatch.setattr(run_scope, "open_locks", fail)
+    outcome = run_job("prune_backups")
+    assert not outcome.success
+    assert type(outcome.error) is kind
+    assert said in str(outcome.error)
 
 
 def test_a_stage_that_fails_is_named_and_leaves_nothing(newest_postgres: PostgresForTest, configure: Configure) -> None:
