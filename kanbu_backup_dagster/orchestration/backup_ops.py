@@ -19,6 +19,7 @@ from kanbu_backup_dagster.backup.landing import Origin, Progress, expected_store
 from kanbu_backup_dagster.backup.manifest import Trigger, VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.backup.recipe import Recipe
+from kanbu_backup_dagster.backup.stages import GCM_LIMIT_BYTES
 from kanbu_backup_dagster.errors import KanbuError, StorageError
 from kanbu_backup_dagster.orchestration.assets import (
     backup_metadata,
@@ -50,6 +51,8 @@ from kanbu_backup_dagster.sources.source_tree import prepare_archive
 
 # A log names some of many; the manifest has them all.
 _SHOWN_FILES = 20
+# Told while there is time to do something about it.
+_NEAR_LIMIT = 0.8
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,14 @@ def store(
             run_scope.hold(recipe.source.state.target, exclusive=False)
         loaded = environment.load()
         needed = expected_stored_bytes(recipe, _last_backup(loaded, recipe.source.backup_type))
+        # An estimate refuses nothing: a backup that is refused and would have fitted is a backup that is missing. One
+        # that does not fit ends at the limit, and leaves nothing.
+        if recipe.encryption is not None and needed > _NEAR_LIMIT * GCM_LIMIT_BYTES:
+            context.log.warning(
+                f"[Backup] About {needed:,} bytes are expected, and AES-GCM protects no more than {GCM_LIMIT_BYTES:,} "
+                "in one file: a backup that grows past that fails there. Raise BACKUP_COMPRESSION_LEVEL, or back up "
+                "without BACKUP_ENCRYPTION_KEY to an encrypted disk."
+            )
         for leftover in prepare_storage(context.instance, loaded.storage, needed_bytes=needed):
             context.log.warning(f"[Backup] Removed what a killed run left: {leftover}")
         manifest = make_backup(

@@ -51,7 +51,7 @@ def restore_database() -> None:
     saved = [backup_ops.verify(backup_ops.store(recipe)), nothing_to_save]
     loading = restore_ops.load(plan, saved)
     checking = restore_ops.check(plan, loading)
-    swapping = restore_ops.swap(plan, checking)
+    swapping = restore_ops.swap(plan, saved, checking)
     restore_ops.report(plan, saved, loading, checking, swapping)
 
 

@@ -58,6 +58,8 @@ RESTORE_ASSETS = [
 NOTHING_TO_SAVE = "nothing to save"
 NONE_REPLACED = "none is kept"
 
+_SAVED = In(list[Any], description="The pre-restore backup, or why there is none.")
+
 
 class RestoreConfig(Config):
     """What is restored, where to, and the two confirmations."""
@@ -71,7 +73,9 @@ class RestoreConfig(Config):
         False, description="Accept a file that is not encrypted or has no manifest although a key is set, or failed."
     )
     keep_replaced: bool = Field(
-        True, description="Keep the replaced database under a dated name until the restored one has a verified backup."
+        True,
+        description="Keep the replaced database under a dated name until the restored one has a verified backup. It is "
+        "kept in any case where the pre-restore backup could not be verified.",
     )
     create_missing_roles: bool = Field(
         False, description="Create roles that the backup needs and the server lacks, unable to log in."
@@ -153,7 +157,7 @@ def validate(
 
 @op(
     description="Verifies the file, then loads it into a staging database, verifying once more what is fed to psql.",
-    ins={"plan": In(RestorePlan), "saved": In(list[Any], description="The pre-restore backup, or why there is none.")},
+    ins={"plan": In(RestorePlan), "saved": _SAVED},
 )
 def load(
     context: OpExecutionContext,
@@ -166,6 +170,8 @@ def load(
     with explained():
         loaded = environment.load()
         _take_part(context, plan, loaded, run_scope)
+        if doubt := _doubt(saved):
+            context.log.warning(f"[Restore] {doubt}")
         backup, _ = find_backup(plan.request, loaded.storage, loaded.keys)
         verifying = reporter(context, "verifying", of="Restore")
         compressed = backup.manifest.compressed_bytes if backup.manifest else backup.file.size
@@ -181,6 +187,21 @@ def load(
     context.log.info(f"[Restore] Loaded {result.sql_bytes:,} bytes of SQL in {result.seconds:.1f} s")
     context.add_output_metadata({"sql_bytes": result.sql_bytes, "load_seconds": round(result.seconds, 3)})
     return Timed(result, time.monotonic() - begun)
+
+
+def _pre_restore_backup(saved: list[Any]) -> StoredBackup | None:
+    return next((item for item in saved if isinstance(item, StoredBackup)), None)
+
+
+def _doubt(saved: list[Any]) -> str | None:
+    """Why the pre-restore backup does not yet stand for the database that is replaced; None where it does."""
+    backup = _pre_restore_backup(saved)
+    if backup is None or backup.settled:
+        return None
+    return (
+        f"The pre-restore backup {backup.filename} is not known to have arrived where it is kept, and is not verified: "
+        "the database that is replaced is kept, whatever keep_replaced (--drop-replaced) says."
+    )
 
 
 @op(description="Compares tables and rows with the manifest; looks at indexes, constraints and sequences.")
@@ -204,10 +225,14 @@ def check(
     return Timed(checked, time.monotonic() - begun)
 
 
-@op(description="Gives the restored database the live name, and the replaced one a dated name, in one transaction.")
+@op(
+    description="Gives the restored database the live name, and the replaced one a dated name, in one transaction.",
+    ins={"plan": In(RestorePlan), "saved": _SAVED},
+)
 def swap(
     context: OpExecutionContext,
     plan: RestorePlan,
+    saved: list[Any],
     checking: Timed,
     environment: BackupEnvironment,
     run_scope: ResourceParam[RunScope],
@@ -220,7 +245,7 @@ def swap(
     away = "unknown" if swapped.downtime_seconds is None else f"{swapped.downtime_seconds * 1000:.0f} ms"
     context.log.info(f"[Restore] {plan.target} is the restored database; the name was away for {away}")
     kept = swapped.replaced
-    if kept is not None and not is_kept(plan):
+    if kept is not None and not is_kept(plan) and _doubt(saved) is None:
         try:
             drop_database(plan.server, loaded.settings, kept)
             kept = None
@@ -250,7 +275,7 @@ def report(
     checked: Checked = checking.result
     swapped: Swapped = swapping.result
     manifest = backup.manifest
-    pre_restore = next((item.filename for item in saved if isinstance(item, StoredBackup)), None)
+    pre_restore, doubt = _pre_restore_backup(saved), _doubt(saved)
     duration = time.time() - context.instance.get_run_stats(context.run_id).start_time  # type: ignore[operator]
     metadata: dict[str, Any] = {
         "file": MetadataValue.text(backup.filename),
@@ -259,7 +284,7 @@ def report(
         "target": MetadataValue.text(plan.target),
         "server": MetadataValue.text(plan.server.access.description),
         "server_version": MetadataValue.text(plan.server.version),
-        "pre_restore_file": MetadataValue.text(pre_restore or NOTHING_TO_SAVE),
+        "pre_restore_file": MetadataValue.text(pre_restore.filename if pre_restore else NOTHING_TO_SAVE),
         "replaced_database": MetadataValue.text(swapped.replaced or NONE_REPLACED),
         "tables": MetadataValue.int(checked.tables),
         "rows": MetadataValue.int(sum(checked.rows.values())),
@@ -269,7 +294,7 @@ def report(
         "check_s": MetadataValue.float(round(checking.seconds, 3)),
         "swap_s": MetadataValue.float(round(swapping.seconds, 3)),
         "left_out": MetadataValue.json(list(done.left_out)),
-        "remarks": MetadataValue.json([*plan.warnings, *checked.remarks]),
+        "remarks": MetadataValue.json([*plan.warnings, *([doubt] if doubt else []), *checked.remarks]),
         "run": MetadataValue.dagster_run(context.run_id),
     }
     if swapped.downtime_seconds is not None:

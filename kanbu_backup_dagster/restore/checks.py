@@ -23,7 +23,7 @@ _BATCH = 500
 
 _SHAPE_SQL = """
 SELECT (SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE c.relkind IN ('r', 'p') AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema') AS tables,
+         WHERE c.relkind = 'r' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema') AS tables,
        (SELECT coalesce(json_agg(indexrelid::regclass::text), '[]')
           FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
          WHERE NOT indisvalid AND relkind = 'i') AS invalid_indexes,

@@ -45,10 +45,14 @@ SELECT NOT (EXISTS (SELECT FROM pg_class WHERE oid >= 16384) OR EXISTS (SELECT F
 """
 
 
+# Tables as a manifest counts them: without partitioned ones, whose rows are in their partitions. The counters of a
+# server that crashed, and of a copied database, begin at nothing: there what ANALYZE found last counts.
 _CONTENTS_SQL = """
 SELECT pg_database_size(current_database()) AS size_bytes, count(*) AS tables,
-       coalesce(sum(n_live_tup) FILTER (WHERE relkind = 'r'), 0)::bigint AS rows
+       coalesce(sum(CASE WHEN n_live_tup + n_tup_del > 0 THEN n_live_tup ELSE greatest(reltuples, 0) END), 0)::bigint
+       AS rows
   FROM pg_stat_user_tables s JOIN pg_class c ON c.oid = s.relid
+ WHERE relkind = 'r'
 """
 
 

@@ -24,6 +24,7 @@ from kanbu_backup_dagster.backup.manifest import Manifest, VerificationStatus
 from kanbu_backup_dagster.backup.reading import content, prove
 from kanbu_backup_dagster.backup.recipe import Recipe
 from kanbu_backup_dagster.errors import KanbuError, SourceError, StorageError
+from kanbu_backup_dagster.orchestration import backup_ops
 from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
 from kanbu_backup_dagster.settings import load_settings
 from kanbu_backup_dagster.sources.commands import DirectAccess
@@ -119,6 +120,24 @@ def test_no_key_means_no_encryption_and_a_warning(newest_postgres: PostgresForTe
     assert manifest.filename.endswith(".sql.gz")
     assert b"dump complete" in gzip.decompress((store / manifest.filename).read_bytes())
     assert "will NOT be encrypted" in events_text(outcome.run_id)
+
+
+def test_a_backup_that_comes_near_the_limit_of_gcm_is_warned_of_and_made(
+    newest_postgres: PostgresForTest, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(newest_postgres.sample_database())
+    first, manifest = run_backup()
+    warning = "AES-GCM protects no more than"
+    assert warning not in events_text(first.run_id)
+    for limit, near in ((manifest.stored_bytes * 4, False), (manifest.stored_bytes // 4, True)):
+        # 64 GiB of test data is too much; the stage itself keeps to the real limit.
+        monkeypatch.setattr(backup_ops, "GCM_LIMIT_BYTES", limit)
+        outcome, made = run_backup()
+        assert made.encrypted
+        assert (warning in events_text(outcome.run_id)) is near
+    monkeypatch.setenv("BACKUP_ENCRYPTION_KEY", "")
+    outcome, _ = run_backup()
+    assert warning not in events_text(outcome.run_id)
 
 
 def test_a_recipe_pickles_and_holds_no_secret(newest_postgres: PostgresForTest, configure: Configure) -> None:

@@ -10,7 +10,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
-from dagster import AssetKey, AssetRecordsFilter, DagsterInstance, DagsterRunStatus
+from dagster import AssetKey, AssetRecordsFilter, DagsterInstance
 
 from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.manifest import Manifest, Trigger, Verification, VerificationStatus
@@ -130,6 +130,15 @@ def test_a_schedules_backup_prunes_and_another_does_not(store: Path) -> None:
         assert instance.fetch_materializations(asset, limit=1).records
 
 
+def test_a_manual_backup_prunes_when_it_is_asked_to(store: Path) -> None:
+    schedule()
+    files = [aged(store, days) for days in (1, 2, 3, 4)]
+    asked = run_job("source_backup", run_config={"ops": {"prune": {"config": {"without_schedule": True}}}})
+    assert asked.errors == ()
+    assert asked.said["deleted"] == 2
+    assert names() == {*asked.materialized, *files[:2]}
+
+
 def test_a_dry_run_shows_what_the_next_prune_does(store: Path) -> None:
     schedule()
     files = [aged(store, days) for days in (0, 1, 2, 3, 40)]
@@ -209,12 +218,13 @@ def test_nothing_goes_while_the_schedule_file_has_problems(store: Path) -> None:
 
 
 def test_what_an_unfinished_run_restores_stays_although_it_holds_no_lock_yet(store: Path) -> None:
-    """Such a run may still wait in the queue."""
+    """Such a run may still wait for its start."""
     schedule()
     used, gone, newest = (aged(store, days) for days in (41, 40, 0))
     [restore] = [one for one in JOBS if one.name == "restore_source"]
+    config = {"ops": {"validate_source": {"config": {"file": used, "into": "/srv/kanbu"}}}}
     with DagsterInstance.get() as instance:
-        run = instance.create_run_for_job(restore, tags={FILE: used}, status=DagsterRunStatus.QUEUED)
+        run = instance.create_run_for_job(restore, run_config=config, tags={FILE: used})
         shown = prune(dry_run=True)
         rows = {row.data["file"]: row.data for row in shown.said["source_plan"].records}
         assert rows[used]["reason"] == f"in use: restore_source, run {run.run_id}"

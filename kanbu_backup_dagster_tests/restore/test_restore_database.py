@@ -6,11 +6,14 @@ import gzip
 import shutil
 import subprocess
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
+from kanbu_backup_dagster.backup.catalog import Catalog
 from kanbu_backup_dagster.backup.keys import derive_key
+from kanbu_backup_dagster.backup.manifest import Verification, VerificationStatus
 from kanbu_backup_dagster.backup.stages import encrypt
 from kanbu_backup_dagster.errors import (
     BackupNotFoundError,
@@ -290,6 +293,58 @@ def test_a_missing_row_is_found_before_the_swap(bench: Bench, monkeypatch: pytes
     assert any("rows, and the backup" in problem for problem in failed.value.tried)
     abandon(plan, bench.settings)
     assert bench.dump() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'by_n'::regclass",
+            r"the index by_n is not valid",
+        ),
+        ("DROP TABLE numbered", r"public\.numbered is missing\n  - there are \d+ tables, and the backup has \d+"),
+        ("INSERT INTO numbered VALUES (11)", r"public\.numbered has 11 rows, and the backup 10"),
+    ],
+)
+def test_what_is_not_as_it_was_backed_up_fails_the_restore(bench: Bench, change: str, told: str) -> None:
+    bench.sql("CREATE TABLE numbered AS SELECT generate_series(1, 10) AS n; CREATE INDEX by_n ON numbered (n)")
+    file = bench.backup().filename
+    plan = bench.plan(file)
+    loaded = load_staging(plan, bench.settings, bench.storage, bench.keys)
+    bench.sql(change, plan.staging)
+    with pytest.raises(RestoreError, match=rf"^What was restored is not what was backed up\.\n  - {told}$"):
+        check_staging(plan, bench.settings, bench.storage, bench.keys, loaded)
+    abandon(plan, bench.settings)
+
+
+def test_a_file_that_failed_its_last_verification_needs_force(bench: Bench) -> None:
+    file = bench.backup().filename
+    before = bench.dump()
+    catalog = Catalog(bench.storage, bench.keys)
+    failed = Verification(status=VerificationStatus.FAILED, at=datetime.now(timezone.utc), detail="a bad cable")
+    assert catalog.record_verdict(catalog.get(file), failed)
+    with pytest.raises(RestoreError, match="is not restored without force: it failed its last verification"):
+        bench.restore(file)
+    bench.sql("CREATE TABLE newer (n integer)")
+    # The file itself is as it was written, which loading proves.
+    bench.restore(file, force=True)
+    assert bench.dump() == before
+
+
+def test_what_a_user_should_know_of_the_file_is_told_first(bench: Bench) -> None:
+    now = datetime.now(timezone.utc)
+    older = [
+        bench.legacy(b"SELECT 1;\n", f"kanbu_backup_{now - timedelta(days=days):%Y-%m-%dT%H-%M-%S}.sql")
+        for days in (40, 30)
+    ]
+    newest = bench.backup().filename
+    assert bench.plan(newest).warnings == (f"{newest} was not verified yet; it is now, before it is used.",)
+    catalog = Catalog(bench.storage, bench.keys)
+    catalog.record_verdict(catalog.get(newest), Verification(status=VerificationStatus.VERIFIED, at=now))
+    assert bench.plan(newest).warnings == ()
+    for file, age in zip(older, ([f"{older[0]} is 40 days old."], []), strict=True):
+        _, *warnings = bench.plan(file).warnings
+        assert warnings == [f"There is a newer backup: {newest}.", *age]
 
 
 def test_names_that_are_no_backup_and_backups_of_sources_are_refused(bench: Bench) -> None:

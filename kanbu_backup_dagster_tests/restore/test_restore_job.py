@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+import time_machine
 from click.testing import CliRunner
 from dagster import AssetKey, DagsterInstance, DagsterRunStatus
 
@@ -19,11 +22,17 @@ from kanbu_backup_dagster.backup.catalog import Catalog
 from kanbu_backup_dagster.backup.manifest import Trigger, VerificationStatus
 from kanbu_backup_dagster.cli.inspect import status
 from kanbu_backup_dagster.cli.restore import restore
-from kanbu_backup_dagster.errors import BusyError, KanbuError, RestoreError
+from kanbu_backup_dagster.errors import BusyError, KanbuError, RestoreError, StorageError
 from kanbu_backup_dagster.orchestration.dagster_home import open_instance
+from kanbu_backup_dagster.orchestration.jobs import JOBS
 from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
+from kanbu_backup_dagster.orchestration.tags import TARGET
 from kanbu_backup_dagster.orchestration.target_lock import Holder, open_locks, storage_name
+from kanbu_backup_dagster.restore.plan import look_at
+from kanbu_backup_dagster.restore.server import open_server
 from kanbu_backup_dagster.restore.staging import staging_prefix
+from kanbu_backup_dagster.storage.folder import MARK_NAME, FolderStorage
+from kanbu_backup_dagster.storage.protocol import Settlement
 from kanbu_backup_dagster_tests.restore.conftest import Bench, in_each_mode
 
 SLEEPING_DUMP = b"""CREATE TABLE t (n integer);
@@ -136,6 +145,79 @@ def test_a_new_database_needs_no_pre_restore_backup_and_drop_replaced_keeps_none
     ]
 
 
+def log_of(run_id: str) -> str:
+    with open_instance() as instance:
+        return "\n".join(str(entry.user_message) for entry in instance.all_logs(run_id))
+
+
+def test_while_the_pre_restore_backup_is_unproven_the_replaced_database_is_kept(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a mount whose cache still holds the upload: what came back from it proves nothing."""
+    file = bench.backup().filename
+    bench.sql("CREATE TABLE newer (n integer); INSERT INTO newer VALUES (7)")
+    with monkeypatch.context() as on_its_way:
+        on_its_way.setattr(FolderStorage, "settlement", lambda self, name: Settlement(False, "it waits in the cache"))
+        outcome = run_restore(bench, file, keep_replaced=False)
+    assert outcome.success, outcome.errors
+    told = outcome.report
+    saved = Catalog(bench.storage, bench.keys).get(told["pre_restore_file"])
+    assert saved.status is VerificationStatus.PENDING
+    assert bench.sql("SELECT n FROM newer", told["replaced_database"]) == "7\n"
+    warned = f"The pre-restore backup {saved.filename} is not known to have arrived"
+    assert any(remark.startswith(warned) for remark in told["remarks"])
+    assert warned in log_of(outcome.run_id)
+    # One that is verified lets go of it.
+    assert run_job("database_backup").success
+    assert bench.databases() == {bench.name}
+
+
+def test_a_pre_restore_backup_that_fails_ends_the_restore_and_changes_nothing(bench: Bench) -> None:
+    [file] = run_job("database_backup").materialized
+    before = bench.dump(), bench.postgres.server.psql(f"SELECT oid FROM pg_database WHERE datname = '{bench.name}'")
+    (bench.storage_folder / MARK_NAME).unlink()
+    outcome = run_restore(bench, file)
+    assert isinstance(outcome.error, StorageError)
+    assert "bears no mark" in str(outcome.error)
+    with open_instance() as instance:
+        run = instance.get_run_by_id(outcome.run_id)
+        assert run is not None
+        assert run.status is DagsterRunStatus.FAILURE
+        assert [stats.step_key for stats in instance.get_run_step_stats(outcome.run_id)][-1] == "store"
+    assert bench.databases() == {bench.name}
+    assert before == (
+        bench.dump(),  # which connects: the live name is open
+        bench.postgres.server.psql(f"SELECT oid FROM pg_database WHERE datname = '{bench.name}'"),
+    )
+
+
+def test_what_was_dumped_half_done_comes_back_so_and_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.sql("""
+        CREATE TABLE numbered (id serial PRIMARY KEY, n integer);
+        INSERT INTO numbered (n) SELECT generate_series(1, 10);
+        ALTER TABLE numbered ADD CONSTRAINT positive CHECK (n > 0) NOT VALID;
+        SELECT setval('numbered_id_seq', 3);
+    """)
+    remarks = {
+        "the constraint positive on numbered was never validated",
+        "the sequence numbered_id_seq is behind numbered.id",
+    }
+    [file] = run_job("database_backup").materialized
+    outcome = run_restore(bench, file)
+    assert outcome.success, outcome.errors
+    assert set(outcome.report["remarks"]) == remarks
+    log = log_of(outcome.run_id)
+    assert all(f"As in the backup: {remark}" in log for remark in remarks)
+    monkeypatch.setenv("BACKUP_DRILL_DATABASE_URL", bench.url)
+    assert set(run_job("restore_drill").report["remarks"]) == remarks
+
+
+def test_dagsters_queue_keeps_backups_and_restores_of_the_database_apart() -> None:
+    """By the limit of one run for each value of this tag."""
+    targets = {job.name: job.tags.get(TARGET) for job in JOBS}
+    assert targets["restore_database"] == targets["database_backup"] != targets["source_backup"]
+
+
 def test_whoever_comes_second_is_told_who_holds_the_target(bench: Bench) -> None:
     file = bench.backup().filename
     plan = bench.plan(file)
@@ -180,7 +262,7 @@ def test_a_terminated_restore_drops_its_staging_database(bench: Bench) -> None:
         _, told = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert "interrupted" in told
     assert bench.databases() == {bench.name}
     assert bench.dump() == before
@@ -211,6 +293,36 @@ def test_the_command_line_shows_warns_and_asks_twice(bench: Bench) -> None:
     assert done.exit_code == 0, done.output
     assert "Pre-restore backup: kanbu_backup_" in done.output
     assert bench.sql("SELECT to_regclass('newer') IS NULL") == "t\n"
+
+
+def test_the_command_line_shows_what_would_be_replaced_by_what(bench: Bench) -> None:
+    bench.sql("CREATE TABLE counted AS SELECT generate_series(1, 500) AS n")
+    manifest = bench.backup()
+    assert manifest.database is not None
+    tables, rows = len(manifest.database.rows), sum(manifest.database.rows.values())
+    bench.sql("DELETE FROM counted WHERE n <= 100; CREATE TABLE newer (n integer)")
+    bench.sql("ANALYZE")
+    with time_machine.travel(datetime.now(timezone.utc) + timedelta(days=3, minutes=1)):
+        shown = invoke(manifest.filename, answers="n\n").output
+    for line in (
+        rf"Server:  .*, PostgreSQL {bench.postgres.version}",
+        rf"Backup:  {manifest.filename}, 3 days old, {tables:,} tables, {rows:,} rows",
+        rf"Target:  {bench.name}, now {tables + 1:,} tables, about {rows - 100:,} rows",
+        rf"Warning: {manifest.filename} was not verified yet; it is now, before it is used\.",
+    ):
+        assert re.search(f"(?m)^{line}$", shown), (line, shown)
+    nowhere = invoke(manifest.filename, "--target-database", f"{bench.name}_new", answers="n\n").output
+    assert f"Target:  {bench.name}_new, which does not exist yet\n" in nowhere
+    assert "overwrite" not in nowhere
+
+
+def test_rows_are_known_where_the_servers_counters_begin_anew(bench: Bench) -> None:
+    """As after a crash: this database is a copy, and nobody has written to it since."""
+    server, _ = open_server(bench.settings)
+    facts = bench.backup().database
+    assert facts is not None
+    assert bench.sql("SELECT sum(n_live_tup) FROM pg_stat_user_tables") == "0\n"
+    assert look_at(server, bench.settings, bench.name).rows == sum(facts.rows.values())
 
 
 def test_after_a_disaster_a_folder_and_the_key_are_enough(sealed_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
