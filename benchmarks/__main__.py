@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -27,13 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     available = sorted({module.name for module in pkgutil.iter_modules(benchmarks.__path__)} - _SHARED)
     if unknown := set(arguments) - set(available):
         sys.exit(f"no benchmark called {', '.join(sorted(unknown))}; there are {', '.join(available)}")
-    names = arguments or available
-    if len(names) > 1:
-        for name in names:
-            # A process each: what one has grown to would count as the peak of every process that the next one starts.
-            subprocess.run([sys.executable, "-m", "benchmarks", name], check=True)
-        return
-    for name in names:
+    for name in arguments or available:
         print(f"{name}:", flush=True)  # noqa: T201
         reports: list[Report] = importlib.import_module(f"benchmarks.{name}").run()
         page = "\n".join(

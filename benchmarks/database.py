@@ -6,12 +6,13 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from dagster import DagsterEventType, DagsterInstance
 
 from benchmarks.board import board
-from benchmarks.measuring import RATIO_HEADER, Measured, Report, interleaved, process
+from benchmarks.measuring import RATIO_HEADER, Report, interleaved, seconds_of
 from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.orchestration.dagster_home import ensure_home
 from kanbu_backup_dagster.sources.embedded_postgres import EmbeddedPostgres
@@ -42,12 +43,12 @@ class JobBench:
         shutil.rmtree(self.store, ignore_errors=True)
         self.store.mkdir()
 
-    def job(self) -> Measured:
-        """Run the job as a process of its own, in a Dagster home and a storage that hold nothing yet."""
+    def fresh_job(self) -> Sequence[str]:
+        """The job's command, for a Dagster home and a storage that hold nothing yet."""
         self.clear()
         shutil.rmtree(self.home)
         ensure_home()
-        return process(_JOB)
+        return _JOB
 
     def step_seconds(self, step: str) -> float:
         """How long a step of the last run took, by Dagster's own record."""
@@ -77,7 +78,7 @@ def _speed(bench: JobBench) -> Report:
     verified: list[float] = []
 
     def whole_job() -> float:
-        seconds = bench.job().seconds
+        seconds = seconds_of(bench.fresh_job())
         stored.append(bench.step_seconds("store"))
         verified.append(bench.step_seconds("verify"))
         return seconds
@@ -85,15 +86,15 @@ def _speed(bench: JobBench) -> Report:
     def digests() -> float:
         (backup,) = load_environment().catalog.backups()
         digest = f"openssl dgst -sha256 {bench.store / backup.filename}"
-        return process(f"{digest} && {digest}").seconds
+        return seconds_of(f"{digest} && {digest}")
 
     pipeline = f"{bench.dump} | gzip -6 | openssl enc -aes-256-ctr -pbkdf2 -pass pass:x > {bench.pipeline_file}"
     seconds = interleaved(
         {
-            "pg_dump > /dev/null": lambda: process(f"{bench.dump} > /dev/null").seconds,
+            "pg_dump > /dev/null": lambda: seconds_of(f"{bench.dump} > /dev/null"),
             "dagster job execute": whole_job,
             "openssl dgst, twice": digests,
-            "shell pipeline": lambda: process(pipeline).seconds,
+            "shell pipeline": lambda: seconds_of(pipeline),
         }
     )
     (backup,) = load_environment().catalog.backups()

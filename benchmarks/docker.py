@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 
-from benchmarks.measuring import RATIO_HEADER, Report, interleaved, process
+from benchmarks.measuring import RATIO_HEADER, Report, interleaved, seconds_of
 from kanbu_backup_dagster.sources.docker_exec import ExecProcess
 from kanbu_backup_dagster_tests.docker_engine import DATABASE, USER, DockerEngine, missing_for_an_engine
 from kanbu_backup_dagster_tests.real_docker import ContainerPostgres
@@ -46,7 +46,7 @@ def _compare(title: str, engine: DockerEngine, container: str, command: list[str
     seconds = interleaved(
         {
             "docker mode": lambda: _ours(container, command)[0],
-            "docker exec": lambda: process(engine.command_line("exec", container, *command)).seconds,
+            "docker exec": lambda: seconds_of(engine.command_line("exec", container, *command)),
         }
     )
     speed = f"{size / statistics.median(seconds['docker mode']) / 1e6:.0f} MB/s"

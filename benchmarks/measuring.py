@@ -6,20 +6,13 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROUNDS = int(os.environ.get("KANBU_BENCH_ROUNDS", "5"))
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One process, measured: wall seconds, and peak resident memory of its largest process in MB."""
-
-    seconds: float
-    peak_mb: float
 
 
 @dataclass
@@ -48,28 +41,40 @@ class Report:
 RATIO_HEADER = ("what", "median", "against", "median", "ratio", "bound")
 
 
-def process(command: Sequence[str | Path] | str, environment: Mapping[str, str] | None = None) -> Measured:
-    """Run a command (a string is given to a shell) to its end.
+# A process's peak counts from what its parent had grown to, so one that has grown to nothing starts it.
+_PEAK = (
+    "import resource, subprocess, sys; status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL); "
+    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(status)"
+)
+
+
+def seconds_of(command: Sequence[str | Path] | str) -> float:
+    """How long a command (a string is given to a shell) takes, by the wall's clock.
 
     Raises:
         RuntimeError: It failed.
     """
     begun = time.perf_counter()
-    with subprocess.Popen(
-        command,
-        shell=isinstance(command, str),
-        env={**os.environ, **(environment or {})},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    ) as child:
-        assert child.stderr is not None
-        said = child.stderr.read()
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - begun
-    if child.returncode != 0:
-        raise RuntimeError(f"{command} ended with {child.returncode}: {said.decode()[-2000:]}")
-    return Measured(seconds, usage.ru_maxrss / 1024)
+    _run(command, subprocess.DEVNULL)
+    return time.perf_counter() - begun
+
+
+def peak_mb(command: Sequence[str | Path]) -> float:
+    """Peak resident memory of a command's largest process, in MB.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    return int(_run([sys.executable, "-I", "-S", "-c", _PEAK, *command], subprocess.PIPE)) / 1024
+
+
+def _run(command: Sequence[str | Path] | str, stdout: int) -> str:
+    done = subprocess.run(
+        command, shell=isinstance(command, str), stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{command} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout or ""
 
 
 def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, list[float]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psycopg2
 
 from benchmarks.board import board, grow
-from benchmarks.measuring import RATIO_HEADER, Report, interleaved, process
+from benchmarks.measuring import RATIO_HEADER, Report, interleaved, seconds_of
 from kanbu_backup_dagster.backup.environment import Environment, load_environment
 from kanbu_backup_dagster.backup.landing import Origin, make_backup
 from kanbu_backup_dagster.backup.manifest import Manifest
@@ -77,7 +77,7 @@ def _loading(here: Environment, server: EmbeddedPostgres, manifest: Manifest, fo
         def load() -> float:
             url = server.create_database("shell")
             psql = f"{server.bin_folder / 'psql'} --no-psqlrc -q -v ON_ERROR_STOP=1 {options} -o /dev/null -d '{url}'"
-            seconds = process(f"gunzip -c {folder / manifest.filename} | {psql}").seconds
+            seconds = seconds_of(f"gunzip -c {folder / manifest.filename} | {psql}")
             server.psql("DROP DATABASE shell WITH (FORCE)")
             return seconds
 

@@ -11,18 +11,29 @@ from pathlib import Path
 
 from dagster import DagsterEventType, DagsterInstance
 
-from benchmarks.measuring import RATIO_HEADER, Report, interleaved, process
+from benchmarks.measuring import RATIO_HEADER, Report, interleaved, peak_mb, seconds_of
 from kanbu_backup_dagster.orchestration.dagster_home import ensure_home
 
 FILES = int(os.environ.get("KANBU_BENCH_FILES", "100000"))
 GIGABYTES = float(os.environ.get("KANBU_BENCH_GB", "2"))
-_JOB = ["dagster", "job", "execute", "-m", "kanbu_backup_dagster.definitions", "-j", "source_backup"]
+MEMORY_GIGABYTES = sorted(float(size) for size in os.environ.get("KANBU_BENCH_MEMORY_GB", "0.1,1,4").split(","))
+_JOB = [
+    sys.executable,
+    "-m",
+    "dagster",
+    "job",
+    "execute",
+    "-m",
+    "kanbu_backup_dagster.definitions",
+    "-j",
+    "source_backup",
+]
 _BLOCK = 1 << 20
 
 
 def run() -> list[Report]:
     """The two trees, then the memory of the worker."""
-    memory = Report("Memory of the worker", ("tree", "peak of the worker's process"))
+    memory = Report("Peak memory of the worker", ("tree", "peak resident memory"))
     with tempfile.TemporaryDirectory(prefix="kanbu-bench-") as name:
         folder = Path(name)
         os.environ |= {
@@ -32,10 +43,15 @@ def run() -> list[Report]:
         }
         many, large = folder / "many", folder / "large"
         _grow_many(many)
-        reports = [_against_tar(many, f"{FILES:,} small files", 0.60, memory)]
+        reports = [_against_tar(many, f"{FILES:,} small files", 0.60)]
+        memory.rows.append((f"{FILES:,} small files", _peak()))
         shutil.rmtree(many)
-        _grow_large(large)
-        reports.append(_against_tar(large, f"one file of {GIGABYTES:g} GB", 0.25, memory))
+        _grow_large(large, GIGABYTES)
+        reports.append(_against_tar(large, f"one file of {GIGABYTES:g} GB", 0.25))
+        for gigabytes in MEMORY_GIGABYTES:
+            shutil.rmtree(large)
+            _grow_large(large, gigabytes)
+            memory.rows.append((f"one file of {gigabytes:g} GB", _peak()))
     return [*reports, memory]
 
 
@@ -56,36 +72,39 @@ def _grow_many(top: Path) -> None:
         (folder / f"component{number}.tsx").write_bytes(text[at : at + size])
 
 
-def _grow_large(top: Path) -> None:
+def _grow_large(top: Path, gigabytes: float) -> None:
     top.mkdir()
     chance = random.Random(2)
     with (top / "large.csv").open("wb") as file:
         blocks = [_lines(chance, _BLOCK) for _ in range(64)]
-        for _ in range(int(GIGABYTES * 1e9) // _BLOCK):
+        for _ in range(int(gigabytes * 1e9) // _BLOCK):
             file.write(chance.choice(blocks))
 
 
-def _against_tar(tree: Path, what: str, bound: float, memory: Report) -> Report:
-    store, home = Path(os.environ["BACKUP_LOCAL_PATH"]), Path(os.environ["DAGSTER_HOME"])
+def _fresh_job() -> list[str]:
+    """The job's command, for a Dagster home and a storage that hold nothing yet."""
+    for variable in ("BACKUP_LOCAL_PATH", "DAGSTER_HOME"):
+        shutil.rmtree(os.environ[variable], ignore_errors=True)
+    ensure_home()
+    return _JOB
+
+
+def _peak() -> str:
+    return f"{peak_mb(_fresh_job()):.0f} MB"
+
+
+def _against_tar(tree: Path, what: str, bound: float) -> Report:
     os.environ["KANBU_SOURCE_PATH"] = str(tree)
     streamed: list[float] = []
-    peaks: list[float] = []
 
     def job() -> float:
-        for folder in (store, home):
-            shutil.rmtree(folder, ignore_errors=True)
-        ensure_home()
-        measured = process([sys.executable, "-m", *_JOB])
+        seconds = seconds_of(_fresh_job())
         streamed.append(_step_seconds("archive") + _step_seconds("store"))
-        peaks.append(measured.peak_mb)
-        return measured.seconds
+        return seconds
 
     archive = tree.parent / "archive.tar.gz"
     pipeline = f"set -o pipefail; tar -C {tree.parent} -cf - {tree.name} | gzip -6 > {archive}"
-    seconds = interleaved(
-        {"dagster job execute": job, "tar | gzip -6": lambda: process(["bash", "-c", pipeline]).seconds}
-    )
-    memory.rows.append((what, f"{max(peaks):.0f} MB"))
+    seconds = interleaved({"dagster job execute": job, "tar | gzip -6": lambda: seconds_of(["bash", "-c", pipeline])})
     report = Report(f"Source backup, {what}", RATIO_HEADER)
     report.ratio(f"`archive` and `store`, {what}", "`tar \\| gzip -6`", streamed[1:], seconds["tar | gzip -6"], bound)
     whole, other = seconds["dagster job execute"], seconds["tar | gzip -6"]
