@@ -235,7 +235,27 @@ def load_settings(env_file: Path = ENV_FILE) -> Settings:
         )
         raise SettingsError("A setting cannot be used.", tried=tried, advice="Correct it and run again.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"The file {env_file.absolute()} cannot be read: {error}.") from None
+        raise _unreadable(env_file, error) from None
+
+
+def load_usable_settings(env_file: Path = ENV_FILE) -> Settings:
+    """The same for what has to go on when a value cannot be used, to tell so: such a value counts as not set.
+
+    Raises:
+        SettingsError: `env_file` cannot be read.
+    """
+    try:
+        return Settings(_env_file=env_file)
+    except ValidationError as error:
+        # An argument goes before what is set, and an empty one leaves the default.
+        unusable: dict[str, Any] = {str(problem["loc"][0]): "" for problem in error.errors(include_url=False)}
+        return Settings(_env_file=env_file, **unusable)
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(env_file, error) from None
+
+
+def _unreadable(env_file: Path, error: OSError | UnicodeDecodeError) -> SettingsError:
+    return SettingsError(f"The file {env_file.absolute()} cannot be read: {error}.")
 
 
 def value_origins(env_file: Path = ENV_FILE) -> Mapping[str, str]:

@@ -56,10 +56,6 @@ class Progress:
         return f"{self.done_bytes / 1e6:,.0f} MB{percent}, {self.rate / 1e6:,.0f} MB/s"
 
 
-class StageFailedError(KanbuError):
-    """A stage of the stream failed; the message begins with what went wrong and ends with the stage's name."""
-
-
 def expected_stored_bytes(recipe: Recipe, last: Backup | None) -> int:
     """Room the recipe's backup will need, judged by the last one of its kind; a low guess when there is none."""
     estimate = recipe.source.estimated_bytes
@@ -84,7 +80,8 @@ def make_backup(
         The manifest as stored, verification pending.
 
     Raises:
-        StageFailedError: A stage failed; says which.
+        KanbuError: A stage failed: the error that arose there, of the same class, its message ending with the stage's
+            name.
         StorageError: The storage failed.
     """
     started_at, begun = datetime.now(timezone.utc), time.monotonic()
@@ -97,7 +94,8 @@ def make_backup(
         except KanbuError as error:
             if flow.failed_stage is None:
                 raise
-            raise StageFailedError(
+            # Of the same class, which says whether trying again may help, and is the command's exit code.
+            raise type(error)(
                 f"{error.message} (stage `{flow.failed_stage}`)", tried=error.tried, advice=error.advice
             ) from error
         findings = flow.findings()

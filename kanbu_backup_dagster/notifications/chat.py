@@ -45,6 +45,7 @@ _LABELS = {
     "duration_ms": "Took",
     "last_success_at": "Last success",
     "expected_by": "Expected by",
+    "unsettled": "Not known to have arrived",
     "target": "Restored to",
     "previous": "Replaced, kept as",
     "tables": "Tables",

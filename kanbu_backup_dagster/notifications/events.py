@@ -91,10 +91,15 @@ class BackupPart(_Part):
 
 
 class OverduePart(_Part):
-    """A gap between backups: the last success before it, if any, and when the next was expected at the latest."""
+    """A gap between backups: the last success before it, if any, and when the next was expected at the latest.
+
+    Attributes:
+        unsettled: A backup that was made since, and is not known to have arrived where it is kept.
+    """
 
     last_success_at: Moment | None = None
     expected_by: Moment
+    unsettled: Text | None = None
 
 
 class RestorePart(_Part):
@@ -164,7 +169,7 @@ class ConfigProblem(_Part):
 
 
 class ConfigPart(_Part):
-    """A configuration file that could not be used, wholly or in part."""
+    """A configuration file that could not be used, wholly or in part; `settings` for those of the environment."""
 
     file: Text
     problems: tuple[ConfigProblem, ...] = ()
@@ -210,7 +215,7 @@ class Event(_Part):
 
 
 class BackupCompleted(Event):
-    """A backup was made and stored."""
+    """A backup was made, stored and verified."""
 
     is_success = True
     event: Literal["backup.completed"] = "backup.completed"
@@ -296,7 +301,7 @@ class StorageLow(Event):
 
 
 class ConfigInvalid(Event):
-    """The schedule file cannot be used, wholly or in part."""
+    """Settings or the schedule file cannot be used, wholly or in part."""
 
     event: Literal["config.invalid"] = "config.invalid"
     config: ConfigPart

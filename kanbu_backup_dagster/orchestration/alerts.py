@@ -49,7 +49,6 @@ from kanbu_backup_dagster.orchestration.outbox import GivenUp, Outbox
 from kanbu_backup_dagster.orchestration.run_events import (
     BACKUP_JOBS,
     EndedRun,
-    backup_part,
     events_of,
     read_run,
 )
@@ -61,6 +60,7 @@ from kanbu_backup_dagster.orchestration.watch import (
     judge_silence,
     judge_storage,
 )
+from kanbu_backup_dagster.settings import Settings
 
 # Dagster sets this beta parameter itself, to nothing, when it copies a sensor or a schedule.
 warnings.filterwarnings("ignore", message="Parameter `owners` of", category=BetaWarning)
@@ -104,6 +104,20 @@ class SecondAttempt(BaseModel):
     instead: list[str]
 
 
+class Unsettled(BaseModel):
+    """A backup that was made, and is not known to have arrived where it is kept.
+
+    Attributes:
+        run_id: The run that made it.
+        counts_for: Its key in `Alerts.successes`; None when it counts for no schedule.
+        completed: The event to tell once it has arrived and is verified.
+    """
+
+    run_id: str
+    counts_for: str | None
+    completed: str
+
+
 class Alerts(BaseModel):
     """What has been read, and what waits to be told.
 
@@ -113,6 +127,7 @@ class Alerts(BaseModel):
         heard: The last number taken over from the watch's journal.
         outboxes: By endpoint.
         second_attempts: Waiting to be started or to be seen.
+        unsettled: Backups that count, and are told, once they have arrived.
         successes: The last backup by schedule id, or by `external_key`.
     """
 
@@ -121,6 +136,7 @@ class Alerts(BaseModel):
     heard: int = 0
     outboxes: dict[str, Outbox] = Field(default_factory=dict)
     second_attempts: list[SecondAttempt] = Field(default_factory=list)
+    unsettled: list[Unsettled] = Field(default_factory=list)
     successes: dict[str, Success] = Field(default_factory=dict)
 
 
@@ -182,7 +198,12 @@ def _watch_tick(instance: DagsterInstance, configuration: Configuration, problem
     state.journal = [entry for entry in state.journal if entry.number > alerts.heard]
     settled = state.settle(now)
     judge_configuration(state, configuration, problems, now)
-    judge_silence(state, configuration, alerts.successes, now, settled=settled)
+    unsettled = {
+        one.counts_for: BackupCompleted.model_validate_json(one.completed).backup.filename or ""
+        for one in alerts.unsettled
+        if one.counts_for is not None
+    }
+    judge_silence(state, configuration, alerts.successes, unsettled, now, settled=settled)
     judge_storage(state, configuration, alerts.successes, now)
     remember(instance, WATCH_KEY, state)
     lines = [*configuration.problems, *problems, state.storage_problem, "Storage is low." if state.storage_low else ""]
@@ -196,10 +217,14 @@ def _alerts_tick(instance: DagsterInstance, configuration: Configuration, log: C
     now = datetime.now(timezone.utc)
     state = recall(instance, ALERTS_KEY, Alerts) or Alerts()
     before = state.model_dump_json()
-    _open_outboxes(state, configuration)
+    if configuration.readable is None:
+        # Whom to tell is not known: what is read now could not be queued, and would count as read.
+        return SensorResult(skip_reason=SkipReason("\n".join(configuration.settings_problems)))
+    _open_outboxes(state, configuration.readable)
     give_up_after = timedelta(days=configuration.file.notifications.give_up_after_days)
     for ended in _new_ends(instance, state, oldest=now - give_up_after):
-        _take_in(state, ended, configuration, now)
+        _take_in(state, ended, configuration, configuration.readable, now)
+    _take_in_settled(instance, state, configuration, now)
     _hear(instance, state, configuration, now)
     requests = list(_second_attempts(instance, state, configuration, now))
     if state.model_dump_json() != before:
@@ -219,11 +244,8 @@ def _alerts_tick(instance: DagsterInstance, configuration: Configuration, log: C
     return SensorResult(skip_reason=SkipReason("\n".join(filter(None, lines)) or "Nothing to tell."))
 
 
-def _open_outboxes(state: Alerts, configuration: Configuration) -> None:
+def _open_outboxes(state: Alerts, settings: Settings) -> None:
     """A queue for each endpoint that is set, be it one that cannot be used now; none for others."""
-    settings = configuration.settings
-    if settings is None:
-        return  # What was set cannot be known, so nothing changes.
     wanted = {WEBHOOK: settings.webhook_url is not None, PING: settings.ping_url is not None}
     state.outboxes = {name: state.outboxes.get(name, Outbox()) for name in (WEBHOOK, PING) if wanted[name]}
 
@@ -276,17 +298,18 @@ def _last_before(instance: DagsterInstance, moment: datetime) -> int:
     return max(numbers)
 
 
-def _take_in(state: Alerts, ended: EndedRun, configuration: Configuration, now: datetime) -> None:
-    settings = configuration.settings
-    encrypts = settings.encryption_key is not None if settings is not None else None
-    events = events_of(ended, encrypts=encrypts)
-    if ended.run.job_name in BACKUP_JOBS and ended.made_a_backup:
-        success = Success(at=ended.at, backup=backup_part(ended))
-        if ended.schedule is not None:
-            state.successes[str(ended.schedule.id)] = success
-        elif ended.run.tags.get(tags.TRIGGER) == Trigger.EXTERNAL.value:
-            state.successes[external_key(success.backup.type)] = success
-    pause = settings.retry_after_seconds if settings is not None else 0
+def _take_in(state: Alerts, ended: EndedRun, configuration: Configuration, settings: Settings, now: datetime) -> None:
+    events = events_of(ended, encrypts=settings.encryption_key is not None)
+    for completed in [event for event in events if isinstance(event, BackupCompleted)]:
+        counts_for = _counts_for(ended)
+        if ended.settles_later:
+            events.remove(completed)
+            state.unsettled.append(
+                Unsettled(run_id=ended.run.run_id, counts_for=counts_for, completed=completed.to_record())
+            )
+        elif counts_for is not None:
+            state.successes[counts_for] = Success(at=ended.at, backup=completed.backup)
+    pause = settings.retry_after_seconds
     if pause and _deserves_another(ended):
         state.second_attempts.append(
             SecondAttempt(
@@ -305,6 +328,30 @@ def _take_in(state: Alerts, ended: EndedRun, configuration: Configuration, now: 
         return
     for event in events:
         _queue(state, event, ended.run.run_id, configuration, now)
+
+
+def _counts_for(ended: EndedRun) -> str | None:
+    """The key in `Alerts.successes` of the backup that `ended` made."""
+    if ended.schedule is not None:
+        return str(ended.schedule.id)
+    if ended.run.tags.get(tags.TRIGGER) == Trigger.EXTERNAL.value:
+        return external_key(BACKUP_JOBS[ended.run.job_name])
+    return None
+
+
+def _take_in_settled(instance: DagsterInstance, state: Alerts, configuration: Configuration, now: datetime) -> None:
+    """Tell of the backups that have arrived since; let go of those that are waited for no more."""
+    if not state.unsettled:
+        return
+    waiting = set(instance.get_run_ids(RunsFilter(tags={tags.SETTLING: tags.WAITING})))
+    for one in [one for one in state.unsettled if one.run_id not in waiting]:
+        state.unsettled.remove(one)
+        run = instance.get_run_by_id(one.run_id)
+        if run is not None and run.tags.get(tags.SETTLING) == tags.SETTLED:
+            made = BackupCompleted.model_validate_json(one.completed)
+            if one.counts_for is not None:
+                state.successes[one.counts_for] = Success(at=now, backup=made.backup)
+            _queue(state, made.model_copy(update={"timestamp": now}), one.run_id, configuration, now)
 
 
 def _deserves_another(ended: EndedRun) -> bool:
@@ -345,9 +392,7 @@ def _second_attempts(
     """Start what is due. One is forgotten only when its run is there, and will itself be told."""
     for attempt in list(state.second_attempts):
         started = instance.get_runs(RunsFilter(tags={tags.SECOND_ATTEMPT_OF: attempt.run_id}), limit=1)
-        hopeless = now > attempt.due_at + LAUNCH_PATIENCE or (
-            configuration.settings is not None and not configuration.runs_schedules
-        )
+        hopeless = now > attempt.due_at + LAUNCH_PATIENCE or not configuration.runs_schedules
         if started or hopeless:
             state.second_attempts.remove(attempt)
             for record in () if started else attempt.instead:

@@ -19,7 +19,7 @@ from dagster._core.errors import DagsterInvalidDefinitionError
 from kanbu_backup_dagster.errors import SettingsError
 from kanbu_backup_dagster.notifications.endpoints import Endpoint, SecretUrl, webhook_endpoint
 from kanbu_backup_dagster.schedule_file import ScheduleFile, load_schedule_file
-from kanbu_backup_dagster.settings import SchedulerMode, Settings, load_settings
+from kanbu_backup_dagster.settings import SchedulerMode, Settings, load_settings, load_usable_settings
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,17 @@ class Configuration:
     """Settings and schedule file as they are now.
 
     Attributes:
-        settings: None when they cannot be used.
-        file: The schedule file; empty when the settings, which name it, cannot be used.
+        settings: None when one of them cannot be used.
+        readable: The same for whoever must go on regardless: those that cannot be used are at their default. None when
+            the `.env` file cannot be read.
+        file: The schedule file; empty when the settings, which name it, cannot be read.
         settings_problems: Why settings cannot be used, one message a problem, secrets left out.
         webhook: Where alerts go; None when none is set, or it cannot be used.
         ping: What is called after each success; likewise.
     """
 
     settings: Settings | None
+    readable: Settings | None
     file: ScheduleFile
     settings_problems: tuple[str, ...] = ()
     webhook: Endpoint | None = None
@@ -48,39 +51,49 @@ class Configuration:
     @property
     def zone(self) -> tzinfo:
         """The time zone of cron expressions."""
-        return ZoneInfo(self.settings.cron_timezone if self.settings else "UTC")
+        return ZoneInfo(self.zone_name)
+
+    @property
+    def zone_name(self) -> str:
+        """Its name."""
+        return self.readable.cron_timezone if self.readable else "UTC"
 
     @property
     def runs_schedules(self) -> bool:
         """Whether BACKUP_SCHEDULER_MODE lets our own schedules start anything."""
-        return self.settings is not None and self.settings.scheduler_mode is not SchedulerMode.EXTERNAL
+        return self.readable is not None and self.readable.scheduler_mode is not SchedulerMode.EXTERNAL
 
 
 def load_configuration() -> Configuration:
     """Read both now. Never raises for what is in them."""
-    try:
-        settings = load_settings()
-    except SettingsError as error:
-        return Configuration(None, ScheduleFile(Path(), exists=False), (str(error),))
-    file = load_schedule_file(settings.config_file, cron_check=refusal)
     problems: list[str] = []
+    settings: Settings | None = None
+    try:
+        settings = readable = load_settings()
+    except SettingsError as error:
+        problems.append(str(error))
+        try:
+            readable = load_usable_settings()
+        except SettingsError:
+            return Configuration(None, None, ScheduleFile(Path(), exists=False), tuple(problems))
+    file = load_schedule_file(readable.config_file, cron_check=refusal)
     webhook: Endpoint | None = None
     ping: SecretUrl | None = None
     try:
-        if url := settings.secret("webhook_url"):
+        if url := readable.secret("webhook_url"):
             webhook = webhook_endpoint(
                 url,
-                secret=settings.secret("webhook_secret"),
+                secret=readable.secret("webhook_secret"),
                 webhook_format=file.notifications.format,
             )
     except SettingsError as error:
         problems.append(str(error))
     try:
-        if url := settings.secret("ping_url"):
+        if url := readable.secret("ping_url"):
             ping = SecretUrl(url, source="BACKUP_PING_URL")
     except SettingsError as error:
         problems.append(str(error))
-    return Configuration(settings, file, tuple(problems), webhook, ping)
+    return Configuration(settings, readable, file, tuple(problems), webhook, ping)
 
 
 def refusal(cron: str) -> str | None:

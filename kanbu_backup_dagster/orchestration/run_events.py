@@ -24,6 +24,7 @@ from dagster import (
     IntMetadataValue,
 )
 from dagster._core.definitions.metadata.metadata_value import MetadataValue as AnyMetadata
+from dagster._core.errors import DagsterExecutionInterruptedError
 
 from kanbu_backup_dagster.backup.names import BackupType, parse_name
 from kanbu_backup_dagster.notifications.events import (
@@ -55,7 +56,8 @@ _RESTORE_JOBS = {"restore_database": BackupType.DATABASE, "restore_source": Back
 _STORE = "store"
 _DRILL_JOB = "restore_drill"
 _VERIFY_JOBS = ("verify_backup", "verify_pending_backups")
-_PASSING = {"SourceError", "StorageError", "BusyError"}
+_INTERRUPTED = DagsterExecutionInterruptedError.__name__
+_PASSING = {"SourceError", "StorageError", "BusyError", _INTERRUPTED}
 _READ = {
     DagsterEventType.ASSET_MATERIALIZATION,
     DagsterEventType.ASSET_OBSERVATION,
@@ -109,7 +111,8 @@ class EndedRun:
 
     @property
     def may_pass(self) -> bool:
-        """Whether it failed for a reason that may be gone soon: the database, the storage or the worker was away."""
+        """Whether it failed for a reason that may be gone soon: the database or the storage was away, or the worker was
+        ended, though by no user."""
         if self.end is not DagsterEventType.RUN_FAILURE or self.stored is not None:
             return False
         return self.error_kind in _PASSING if self.failed_step else True
@@ -118,6 +121,11 @@ class EndedRun:
     def made_a_backup(self) -> bool:
         """Whether a backup was stored and nothing but the clean-up after it failed."""
         return self.stored is not None and (self.succeeded or self.failed_step == "prune")
+
+    @property
+    def settles_later(self) -> bool:
+        """Whether its backup was not known to have arrived where it is kept when the run ended."""
+        return tags.SETTLING in self.run.tags
 
     @property
     def reason(self) -> str:
@@ -172,9 +180,12 @@ def _take(ended: EndedRun, event: DagsterEvent) -> None:
         metadata = said.metadata if said is not None else {}
         if ended.failed_step is None:
             ended.failed_step = event.step_key
-            ended.error = said.description if said is not None else None
-            ended.error_kind = _text(metadata.get(ERROR_KIND))
             ended.verdict = _text(metadata.get("verification"))
+            fault = event.step_failure_data.error
+            if said is not None:
+                ended.error, ended.error_kind = said.description, _text(metadata.get(ERROR_KIND))
+            elif fault is not None and fault.cls_name == _INTERRUPTED:
+                ended.error, ended.error_kind = "The run was interrupted.", _INTERRUPTED
     ended.told += events_in(metadata)
 
 

@@ -89,7 +89,7 @@ def build_schedules(configuration: Configuration, jobs: Sequence[JobDefinition])
             ScheduleDefinition(
                 name=schedule_name(row),
                 cron_schedule=row.cron,
-                execution_timezone=configuration.settings.cron_timezone if configuration.settings else "UTC",
+                execution_timezone=configuration.zone_name,
                 job=job,
                 execution_fn=_tick_of(row),
                 tags=run_tags(row),
@@ -116,9 +116,8 @@ def run_tags(row: Schedule) -> Mapping[str, str]:
 def describe(row: Schedule, configuration: Configuration, now: datetime) -> str:
     """What a person needs to know of `row`; its next run is the one after `now`, when the file was loaded."""
     upcoming = next_runs(row.cron, configuration.zone, now, 1)[0]
-    zone = configuration.settings.cron_timezone if configuration.settings else "UTC"
     parts = [
-        f"**{row.name}** (id {row.id}): {describe_cron(row.cron)} ({zone}).",
+        f"**{row.name}** (id {row.id}): {describe_cron(row.cron)} ({configuration.zone_name}).",
         f"When loaded, the next run was {upcoming:%a %d %b %Y %H:%M %Z}.",
     ]
     if row.type in BACKUP_TYPES:
@@ -145,6 +144,7 @@ def _tick_of(loaded: Schedule) -> Callable[[ScheduleEvaluationContext], RunReque
         if refused is not None:
             context.log.info(f"[Scheduler] {loaded}: {refused}")
             return SkipReason(refused)
+        context.log.info(f"[Scheduler] {loaded}: {JOBS_BY_TYPE[loaded.type]} starts")
         return RunRequest(tags=dict(run_tags(loaded)))
 
     return tick
@@ -167,9 +167,9 @@ def why_not(
         scheduled_for: When the run was to start.
         now: The moment.
     """
-    if configuration.settings is not None and not configuration.runs_schedules:
+    if configuration.readable is not None and not configuration.runs_schedules:
         return "BACKUP_SCHEDULER_MODE is external: schedules start nothing, the trigger does."
-    if configuration.settings is not None and configuration.file.parsed_whole:
+    if configuration.readable is not None and configuration.file.parsed_whole:
         row = configuration.file.schedule(loaded.id)
         if row is None:
             return f"The schedule {loaded.id} is no longer in {configuration.file.path}."

@@ -4,7 +4,7 @@ What belongs here: the sensor that asks whether they have arrived, has them veri
 waited for it. What does not: the asking itself (`storage`), verifying and pruning, which are jobs.
 
 The run that made such a backup is tagged; the file's own status decides what comes next, so that nothing is kept here
-and a verification started by hand counts as well.
+and a verification started by hand counts as well. `alerts` tells of the backup when the tag says that it has settled.
 """
 
 # No `from __future__ import annotations` here: Dagster reads the annotations of sensors as objects.
@@ -92,9 +92,9 @@ def _next_step(instance: DagsterInstance, environment: Environment, run: Dagster
     backup = environment.catalog.get(filename)
     if backup.status is VerificationStatus.VERIFIED:
         if tags.SCHEDULE_ID not in run.tags:
-            return _end(instance, run, "verified")
+            return _end(instance, run, "verified", tags.SETTLED)
         if list(_started(instance, run, tags.PRUNE_BACKUPS)):
-            return _end(instance, run, "verified, and retention was started")
+            return _end(instance, run, "verified, and retention was started", tags.SETTLED)
         requests.append(
             RunRequest(
                 run_key=f"prune after {run.run_id}",
@@ -129,6 +129,6 @@ def _started(instance: DagsterInstance, run: DagsterRun, job_name: str) -> Itera
     yield from instance.get_runs(RunsFilter(job_name=job_name, tags={tags.SETTLED_FOR: run.run_id}))
 
 
-def _end(instance: DagsterInstance, run: DagsterRun, how: str) -> str:
-    instance.add_run_tags(run.run_id, {tags.SETTLING: tags.ENDED})
+def _end(instance: DagsterInstance, run: DagsterRun, how: str, state: str = tags.ENDED) -> str:
+    instance.add_run_tags(run.run_id, {tags.SETTLING: state})
     return how

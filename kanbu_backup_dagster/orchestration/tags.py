@@ -11,9 +11,10 @@ TARGET = "kanbu/target"
 FILE = "kanbu/file"
 DATABASE = "kanbu/database"
 
-# Of a run whose backup waits to arrive at the remote: whether it still does, and the file.
+# Of a run whose backup was not known to have arrived at the remote: whether it is still waited for, has arrived and is
+# verified, or is waited for no more; and the file.
 SETTLING = "kanbu/settling"
-WAITING, ENDED = "waiting", "ended"
+WAITING, SETTLED, ENDED = "waiting", "settled", "ended"
 SETTLING_FILE = "kanbu/settling_file"
 # Of the runs that are started once it has arrived: the run that made it.
 SETTLED_FOR = "kanbu/settled_for"

@@ -119,8 +119,13 @@ def longest_period(row: Schedule, zone: tzinfo, now: datetime) -> timedelta:
 
 def last_success(row: Schedule, configuration: Configuration, successes: dict[str, Success]) -> Success | None:
     """The last backup that counts for `row`: made for it, or by an external scheduler that named no schedule."""
-    found = [successes.get(str(row.id)), successes.get(external_key(BackupType(row.type.value)))]
+    found = [successes.get(key) for key in _keys(row)]
     return max((one for one in found if one is not None), key=lambda one: one.at, default=None)
+
+
+def _keys(row: Schedule) -> tuple[str, str]:
+    """What backups that count for `row` are remembered under."""
+    return str(row.id), external_key(BackupType(row.type.value))
 
 
 def external_key(backup_type: BackupType) -> str:
@@ -129,11 +134,23 @@ def external_key(backup_type: BackupType) -> str:
 
 
 def judge_silence(
-    watch: Watch, configuration: Configuration, successes: dict[str, Success], now: datetime, *, settled: bool
+    watch: Watch,
+    configuration: Configuration,
+    successes: dict[str, Success],
+    unsettled: dict[str, str],
+    now: datetime,
+    *,
+    settled: bool,
 ) -> None:
-    """Note what became overdue, once a gap, and what came back."""
+    """Note what became overdue, once a gap, and what came back.
+
+    Args:
+        successes: The last backup by schedule id, or by `external_key`.
+        unsettled: Under the same keys, the file of a backup that is not known to have arrived, which is no success yet.
+        settled: Whether the service is up for long enough to tell.
+    """
     rows = {str(row.id): row for row in configuration.file.schedules if row.enabled and row.type in BACKUP_TYPES}
-    if configuration.file.parsed_whole and configuration.settings is not None:
+    if configuration.file.parsed_whole and configuration.readable is not None:
         watch.first_seen = {key: since for key, since in watch.first_seen.items() if key in rows}
         watch.gaps = {key: gap for key, gap in watch.gaps.items() if key in rows}
     grace = timedelta(hours=configuration.file.notifications.overdue_grace_hours)
@@ -167,7 +184,11 @@ def judge_silence(
                     schedule=ref,
                     timestamp=now,
                     backup=BackupPart(type=BackupType(row.type.value)),
-                    overdue=OverduePart(last_success_at=at, expected_by=expected_by),
+                    overdue=OverduePart(
+                        last_success_at=at,
+                        expected_by=expected_by,
+                        unsettled=next((unsettled[key] for key in _keys(row) if key in unsettled), None),
+                    ),
                 ),
                 group=f"overdue/{key}",
             )
@@ -188,11 +209,14 @@ def judge_configuration(watch: Watch, configuration: Configuration, others: Iter
     if not found or watch.problems_told or watch.problems_since is None or now - watch.problems_since < CONFIG_SETTLING:
         return
     watch.problems_told = True
+    all_in_settings = len(problems) == len(configuration.settings_problems)
     watch.note(
         ConfigInvalid(
             key=f"config/{found}/{watch.problems_since.isoformat()}",
             timestamp=now,
-            config=ConfigPart(file=configuration.file.path.name or "settings", problems=tuple(problems)),
+            config=ConfigPart(
+                file="settings" if all_in_settings else configuration.file.path.name, problems=tuple(problems)
+            ),
         ),
         group="config",
     )
@@ -208,11 +232,13 @@ def _problems(configuration: Configuration, others: Iterable[str]) -> Iterator[C
 
 def judge_storage(watch: Watch, configuration: Configuration, successes: dict[str, Success], now: datetime) -> None:
     """Note that storage has less room than the backups of the next days need; once, until there is room again."""
+    if configuration.settings is None:
+        return  # Which storage it is may not be known.
     if watch.storage_checked_at is not None and timedelta(0) <= now - watch.storage_checked_at < STORAGE_EVERY:
         return
     watch.storage_checked_at = now
     needed = needed_bytes(configuration, successes, now)
-    if configuration.settings is None or not needed:
+    if not needed:
         watch.storage_low = False
         return
     try:
@@ -238,7 +264,8 @@ def judge_storage(watch: Watch, configuration: Configuration, successes: dict[st
 
 
 def needed_bytes(configuration: Configuration, successes: dict[str, Success], now: datetime) -> int:
-    """What the enabled schedules' backups of the next days need, each as large as the last of its type."""
+    """What the backups of the next days need, each as large as the last of its type: those of enabled schedules, and of
+    disabled ones that another scheduler triggers, which their last backup tells."""
     days = configuration.file.notifications.storage_low_days
     sizes: dict[str, tuple[datetime, int]] = {}
     for success in successes.values():
@@ -247,9 +274,15 @@ def needed_bytes(configuration: Configuration, successes: dict[str, Success], no
             sizes[kind] = (success.at, size)
     needed = 0
     for row in configuration.file.schedules:
-        if row.enabled and row.type.value in sizes:
+        if row.type.value in sizes and (row.enabled or _is_triggered(row, configuration.zone, successes, now)):
             needed += sizes[row.type.value][1] * _runs_until(row, configuration.zone, now, now + timedelta(days=days))
     return needed
+
+
+def _is_triggered(row: Schedule, zone: tzinfo, successes: dict[str, Success], now: datetime) -> bool:
+    # Whose times are only about those of the row: twice as long, so that it does not flap.
+    success = successes.get(str(row.id))
+    return success is not None and now - success.at <= 2 * longest_period(row, zone, now)
 
 
 def _runs_until(row: Schedule, zone: tzinfo, now: datetime, end: datetime) -> int:

@@ -205,7 +205,7 @@ def _access_lines(options: ServeOptions, settings: Settings) -> Iterator[str]:
     yield "  trigger     " + (
         "closed: BACKUP_SCHEDULER_MODE is internal"
         if settings.scheduler_mode is SchedulerMode.INTERNAL
-        else f"POST {PREFIX}/trigger"
+        else f"POST {PREFIX}/trigger; a backup triggered without scheduleId prunes nothing"
         if settings.trigger_api_key
         else "MISSING: BACKUP_TRIGGER_API_KEY is not set, so it is closed"
     )

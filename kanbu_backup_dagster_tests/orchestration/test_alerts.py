@@ -35,10 +35,11 @@ from dagster import (
     op,
 )
 
+from kanbu_backup_dagster.backup.landing import Progress
 from kanbu_backup_dagster.cli import inspect as _inspect  # noqa: F401  # commands register on import
 from kanbu_backup_dagster.cli import schedules as _schedules  # noqa: F401
 from kanbu_backup_dagster.cli.group import cli
-from kanbu_backup_dagster.errors import KanbuError
+from kanbu_backup_dagster.errors import KanbuError, SourceError
 from kanbu_backup_dagster.notifications import delivery
 from kanbu_backup_dagster.notifications.delivery import Limits
 from kanbu_backup_dagster.notifications.events import PruneHeld, PrunePart
@@ -49,6 +50,7 @@ from kanbu_backup_dagster.orchestration.dagster_home import open_instance
 from kanbu_backup_dagster.orchestration.jobs import JOBS
 from kanbu_backup_dagster.orchestration.run_here import run_job
 from kanbu_backup_dagster.orchestration.telling import told
+from kanbu_backup_dagster.orchestration.watch import needed_bytes
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
 from kanbu_backup_dagster_tests.receiver import Receiver
 
@@ -150,6 +152,24 @@ def test_every_end_is_told_once_signed_and_with_the_schedule(instance: DagsterIn
     assert completed.headers["X-Kanbu-Signature"] == expected
     assert len({one.headers["X-Kanbu-Delivery"] for one in receiver.accepted}) == 3
     assert {before, canceled.run_id, made} == {one.dagster_run.run_id for one in instance.get_run_records()}
+
+
+@pytest.mark.parametrize("how", [tags.SETTLED, tags.ENDED])
+def test_a_backup_that_has_not_arrived_is_no_success_until_it_has(
+    how: str, instance: DagsterInstance, receiver: Receiver
+) -> None:
+    run = successful_run(instance, {**SCHEDULED, tags.SETTLING: tags.WAITING})
+    for _ in range(2):
+        tick(instance)
+    assert receiver.events == []
+    assert state(instance).successes == {}
+    instance.add_run_tags(run, {tags.SETTLING: how})
+    with later(180):
+        for _ in range(2):
+            tick(instance)
+    assert receiver.events == (["backup.completed"] if how == tags.SETTLED else [])
+    assert list(state(instance).successes) == (["1"] if how == tags.SETTLED else [])
+    assert state(instance).unsettled == []
 
 
 def test_success_is_told_only_to_who_asked(instance: DagsterInstance, receiver: Receiver) -> None:
@@ -365,6 +385,87 @@ def test_only_what_may_pass_is_tried_again(
     assert b"p4ssw0rd" not in b"".join(one.body for one in receiver.attempts)
 
 
+def second_attempts(instance: DagsterInstance) -> list[str]:
+    """The runs that are asked for once the pause is over, by the run that they repeat."""
+    tick(instance)
+    with later(6):
+        return [request.tags[tags.SECOND_ATTEMPT_OF] for request in tick(instance).run_requests or []]
+
+
+def test_a_database_that_goes_away_in_mid_dump_is_tried_once_more(
+    instance: DagsterInstance,
+    receiver: Receiver,
+    newest_postgres: PostgresForTest,
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BACKUP_RETRY_AFTER_SECONDS", "300")
+    other = newest_postgres.database()
+    url = newest_postgres.database(
+        "CREATE TABLE t AS SELECT md5(i::text) || md5((i * 7)::text) AS a FROM generate_series(1, 600000) i"
+    )
+    configure(url)
+    dumping = f"FROM pg_stat_activity WHERE datname = '{newest_postgres.database_name(url)}'"
+    seen: list[int] = []
+
+    def end_the_session(progress: Progress) -> None:
+        if progress.done_bytes and not seen:
+            seen.append(progress.done_bytes)
+            ended = newest_postgres.query(other, f"SELECT pg_terminate_backend(pid) {dumping}")
+            assert ended == [["t"]]
+
+    outcome = run_job("database_backup", tags=SCHEDULED, on_progress=end_the_session)
+    assert seen
+    assert isinstance(outcome.error, SourceError)
+    assert "(stage `dump`)" in str(outcome.error)
+    assert second_attempts(instance) == [outcome.run_id]
+    assert receiver.events == []
+
+
+def test_a_lock_that_is_not_given_is_tried_once_more(
+    instance: DagsterInstance, newest_postgres: PostgresForTest, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BACKUP_RETRY_AFTER_SECONDS", "300")
+    url = newest_postgres.database("CREATE TABLE t (i int)")
+    configure(url, BACKUP_LOCK_TIMEOUT_SECONDS="0.2")
+    with psycopg2.connect(url) as session, session.cursor() as cursor:
+        cursor.execute("LOCK TABLE t")
+        ended = run_job("database_backup", tags=SCHEDULED)
+    assert "BACKUP_LOCK_TIMEOUT_SECONDS" in str(ended.error)
+    assert second_attempts(instance) == [ended.run_id]
+
+
+@pytest.mark.parametrize("canceled", [False, True])
+def test_a_worker_told_to_end_is_tried_once_more_unless_a_user_cancelled(
+    canceled: bool,
+    instance: DagsterInstance,
+    receiver: Receiver,
+    newest_postgres: PostgresForTest,
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BACKUP_RETRY_AFTER_SECONDS", "300")
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    url = newest_postgres.database("CREATE TABLE t (i int)")
+    configure(url)
+    execute = [sys.executable, "-m", "dagster", "job", "execute", "-m", "kanbu_backup_dagster.definitions"]
+    with psycopg2.connect(url) as session, session.cursor() as cursor:
+        cursor.execute("LOCK TABLE t")
+        worker = subprocess.Popen(
+            [*execute, "-j", "database_backup", "--tags", json.dumps(SCHEDULED)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        eventually(lambda: _waits_for_a_lock(newest_postgres, url), 30)
+        [run] = instance.get_runs()
+        if canceled:
+            instance.report_run_canceling(run)  # as the UI's button does before it ends the worker
+        worker.send_signal(signal.SIGTERM)
+        worker.wait(30)
+    assert second_attempts(instance) == ([] if canceled else [run.run_id])
+    assert receiver.events == (["backup.failed"] if canceled else [])
+
+
 def test_ops_and_checks_tell_what_the_end_alone_does_not(instance: DagsterInstance, receiver: Receiver) -> None:
     @op
     def prune(context: OpExecutionContext) -> None:
@@ -489,6 +590,7 @@ def test_silence_is_told_once_and_its_end_too(instance: DagsterInstance, receive
         assert receiver.accepted[0].event["overdue"] == {
             "lastSuccessAt": None,
             "expectedBy": "2026-01-19T08:00:00.000Z",
+            "unsettled": None,
         }
         pass_time(2)
         assert receiver.events == ["backup.overdue"]
@@ -517,9 +619,47 @@ def test_a_config_that_cannot_be_used_is_told_once(instance: DagsterInstance, re
     assert "schedule 1 (Bad)" in problem["message"]
 
 
-def test_storage_that_runs_low_is_told_once(
-    instance: DagsterInstance, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_setting_that_cannot_be_used_silences_nobody(
+    instance: DagsterInstance, receiver: Receiver, newest_postgres: PostgresForTest, configure: Configure
 ) -> None:
+    configure(newest_postgres.database())
+    Path(".env").write_text("BACKUP_COMPRESSION_LEVEL=9\n")
+    watch(instance)
+    with later(2):
+        watch(instance)
+    ended = run_job("database_backup", tags=SCHEDULED)
+    assert not ended.success
+    tick(instance)
+    assert sorted(receiver.events) == ["backup.failed", "config.invalid"]
+    told_of = {one.event["event"]: one.event for one in receiver.accepted}
+    assert told_of["config.invalid"]["config"]["file"] == "settings"
+    [problem] = told_of["config.invalid"]["config"]["problems"]
+    assert "BACKUP_COMPRESSION_LEVEL (.env line 1)" in problem["message"]
+    assert "BACKUP_COMPRESSION_LEVEL" in told_of["backup.failed"]["error"]
+    for one in receiver.accepted:
+        expected = hmac.new(b"s3cret", one.body, hashlib.sha256).hexdigest()
+        assert one.headers["X-Kanbu-Signature"] == expected
+
+
+def test_what_ends_while_nobody_knows_whom_to_tell_is_told_later(instance: DagsterInstance, receiver: Receiver) -> None:
+    Path(".env").write_bytes(b"BACKUP_WEBHOOK_SECRET=\xff\n")
+    watch(instance)
+    with later(2):
+        watch(instance)
+    failed_run(instance)
+    assert ".env cannot be read" in str(tick(instance).skip_reason)
+    Path(".env").unlink()
+    tick(instance)
+    assert receiver.events == ["backup.failed", "config.invalid"]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_storage_that_runs_low_is_told_once(
+    enabled: bool, instance: DagsterInstance, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a schedule of ours, or a disabled one that another scheduler triggers."""
+    if not enabled:
+        Path("kanbu_backup.yaml").write_text(CONFIG.replace("type:", "enabled: false, type:"))
     monkeypatch.setenv("BACKUP_LOCAL_PATH", str(tmp_path))
     successful_run(instance, SCHEDULED)
     tick(instance)
@@ -535,6 +675,10 @@ def test_storage_that_runs_low_is_told_once(
     assert receiver.events == ["backup.completed", "storage.low"]
     low = receiver.accepted[1].event["storage"]
     assert low["neededBytes"] == room // 2 * 3  # a backup a day, three days
+    with later(24 * 60 * 3):
+        assert (
+            bool(needed_bytes(load_configuration(), state(instance).successes, datetime.now(timezone.utc))) is enabled
+        )
 
 
 def test_no_tick_row_or_state_holds_the_url(instance: DagsterInstance, receiver: Receiver) -> None:

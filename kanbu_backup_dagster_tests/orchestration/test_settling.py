@@ -1,24 +1,28 @@
-"""A backup that waits in rclone's cache: pending until the remote has it, then verified, then pruned."""
+"""A backup that waits in rclone's cache: pending until the remote has it, then verified, pruned, and only then told."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+import time_machine
 from dagster import DagsterInstance, build_sensor_context
 from dagster._core.definitions.run_request import RunRequest
 
 from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.manifest import VerificationStatus
 from kanbu_backup_dagster.cli import main as command_line
-from kanbu_backup_dagster.orchestration import tags
+from kanbu_backup_dagster.orchestration import alerts, tags
+from kanbu_backup_dagster.orchestration.configuration import load_configuration
 from kanbu_backup_dagster.orchestration.jobs import JOBS
 from kanbu_backup_dagster.orchestration.run_here import run_job
 from kanbu_backup_dagster.orchestration.settling import settling_sensor
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
 from kanbu_backup_dagster_tests.real_rclone import RcloneMount, missing_for_a_mount, until
+from kanbu_backup_dagster_tests.receiver import Receiver
 
 SCHEDULED = {tags.TRIGGER: "scheduled", tags.SCHEDULE_ID: "1", tags.SCHEDULE_NAME: "Nightly"}
 
@@ -36,8 +40,32 @@ def start(request: RunRequest) -> bool:
     return run_job(request.job_name, run_config=dict(request.run_config), tags=dict(request.tags)).success
 
 
+@pytest.fixture
+def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
+    """The webhook and the ping URL of the environment."""
+    one = Receiver()
+    one.start()
+    monkeypatch.setenv("BACKUP_WEBHOOK_URL", one.url)
+    monkeypatch.setenv("BACKUP_PING_URL", one.url)
+    yield one
+    one.stop()
+
+
+def tell() -> None:
+    """What the sensor `alerts` does."""
+    with DagsterInstance.get() as instance:
+        alerts._alerts_tick(instance, load_configuration(), lambda line: None)
+
+
+def watch() -> None:
+    """What the sensor `watch` does."""
+    with DagsterInstance.get() as instance:
+        alerts._watch_tick(instance, load_configuration(), ())
+
+
 @pytest.mark.real("rclone")
-def test_what_waits_in_the_cache_is_verified_once_it_has_arrived_and_then_pruned(
+def test_what_waits_in_the_cache_is_verified_once_it_has_arrived_then_pruned_and_told(
+    receiver: Receiver,
     configure: Callable[..., Path],
     newest_postgres: PostgresForTest,
     tmp_path: Path,
@@ -49,6 +77,7 @@ def test_what_waits_in_the_cache_is_verified_once_it_has_arrived_and_then_pruned
         pytest.skip(missing)
     Path("kanbu_backup.yaml").write_text(
         "version: 1\nschedules:\n  - {id: 1, name: Nightly, type: database, cron: '0 2 * * *', retention_days: 1}\n"
+        "notifications: {on_success: true}\n"
     )
     assert tick() == "No backup is on its way."
     with RcloneMount(tmp_path / "rclone", "writes") as mount:
@@ -80,6 +109,18 @@ def test_what_waits_in_the_cache_is_verified_once_it_has_arrived_and_then_pruned
         }
         assert "BACKUP_RCLONE_RC_ADDR is not set" in tick()
 
+        # No success is told of it, and the schedule is overdue in the end.
+        watch()
+        tell()
+        assert receiver.events == []
+        with time_machine.travel(datetime.now(timezone.utc) + timedelta(hours=33)) as clock:
+            for _ in range(3):
+                watch()
+                clock.shift(timedelta(minutes=3))
+            tell()
+        assert receiver.events == ["backup.overdue"]
+        assert receiver.accepted[0].event["overdue"]["unsettled"] == backup.filename
+
         monkeypatch.setenv("BACKUP_RCLONE_RC_ADDR", mount.control_address)
         until(lambda: isinstance(tick(), list), "the backup has arrived")
         (verification,) = tick()
@@ -88,11 +129,22 @@ def test_what_waits_in_the_cache_is_verified_once_it_has_arrived_and_then_pruned
         assert load_environment().catalog.get(backup.filename).status is VerificationStatus.VERIFIED
         assert set(mount.on_remote()) >= {backup.filename}
 
+        tell()
+        assert receiver.events == ["backup.overdue"]
         (pruning,) = tick()
         assert (pruning.job_name, pruning.tags[tags.SCHEDULE_ID]) == ("prune_backups", "1")
         assert start(pruning)
         assert "retention was started" in str(tick())
         assert tick() == "No backup is on its way."
+        tell()
+        assert sorted(receiver.events[1:]) == ["backup.completed", "ping"]
+        completed = next(one.event for one in receiver.accepted if one.event["event"] == "backup.completed")
+        assert completed["schedule"] == {"id": 1, "name": "Nightly"}
+        assert completed["backup"]["filename"] == backup.filename
+        watch()
+        tell()
+        tell()
+        assert receiver.events[3:] == ["backup.recovered"]
         mount.wait_until_settled()
 
 

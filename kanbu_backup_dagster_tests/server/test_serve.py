@@ -160,6 +160,7 @@ def test_what_is_on_is_told_without_secrets(tmp_path: Path) -> None:
     }
     text = told(tmp_path, {**secrets, "config_file": tmp_path / "s.yaml", "scheduler_mode": "both"})
     assert "MISSING" not in text
+    assert re.search("trigger .* without scheduleId prunes nothing", text)
     assert "1 of 2" in text
     assert "Nightly Database: next " in text
     assert "PROBLEM" in text
