@@ -62,6 +62,13 @@ class Backup:
         return self.manifest.verification.status if self.manifest else VerificationStatus.NO_CHECKSUM
 
     @property
+    def verification(self) -> Verification:
+        """The last verdict on it, or what stands for one where its manifest tells none."""
+        if self.manifest is not None:
+            return self.manifest.verification
+        return Verification(status=self.status, detail=self.problem or "")
+
+    @property
     def fingerprint(self) -> str:
         """16 hex characters that differ when anything that is known of the file does, its seal left out."""
         known = (
@@ -152,6 +159,8 @@ class Catalog:
                 raise CorruptBackupError(
                     backup.problem or f"{filename} has no manifest.", advice="`kanbu-backup adopt` gives a file one."
                 )
+            if before is None:  # it got one between the two looks, and "whatever is there" is not to be written over
+                continue
             sealed_by = backup.manifest.sealed_by
             if sealed_by is not None and (self._keys.current is None or sealed_by not in self._keys.ids):
                 raise EncryptionKeyError(
@@ -164,10 +173,10 @@ class Catalog:
                 return manifest
 
     def record_verdict(self, backup: Backup, verdict: Verification) -> bool:
-        """Write a verdict to the backup's manifest.
+        """Write a verdict to the backup's manifest. One that is none, `pending`, takes the place of no other.
 
         Returns:
-            Whether it could be: not where there is no manifest that can be trusted, nor without the key that sealed it,
+            Whether it was: not where there is no manifest that can be trusted, nor without the key that sealed it,
             nor when the file's bytes are no longer those that were judged (its key was rotated meanwhile).
 
         Raises:
@@ -177,18 +186,25 @@ class Catalog:
 
         def judged(manifest: Manifest) -> Manifest:
             if backup.manifest is None or manifest.stored_sha256 != backup.manifest.stored_sha256:
-                raise CorruptBackupError(f"{backup.filename} is no longer the file that was judged.")
+                raise _StaysError
+            known = manifest.verification.status
+            if verdict.status is VerificationStatus.PENDING and known is not VerificationStatus.PENDING:
+                raise _StaysError
             return manifest.model_copy(update={"verification": verdict})
 
         try:
             self.amend(backup.filename, judged)
-        except (CorruptBackupError, EncryptionKeyError):
+        except (CorruptBackupError, EncryptionKeyError, _StaysError):
             return False
         return True
 
     def sealed(self, manifest: Manifest) -> bytes:
         """The manifest's JSON, sealed under the current key where one is set."""
         return manifest.to_json(self._keys.current)
+
+
+class _StaysError(Exception):
+    """What was to be written to a manifest is not about what is there now."""
 
 
 @contextmanager

@@ -86,6 +86,7 @@ class DatabaseFacts(_Part):
     Attributes:
         name: The database's name.
         server_version: As the server says it, e.g. `16.4`.
+        server_id: The server's own identifier (`pg_control_system()`); empty where it is not known.
         pg_dump_version: The client's, likewise.
         mode: `direct` or `docker`.
         size_bytes: `pg_database_size` when the dump began.
@@ -96,6 +97,7 @@ class DatabaseFacts(_Part):
 
     name: str
     server_version: str
+    server_id: str = ""
     pg_dump_version: str
     mode: str
     size_bytes: int

@@ -127,6 +127,10 @@ def storage_group() -> None:
 
 @storage_group.command("mark")
 def storage_mark() -> None:
-    """Declare the configured folder a storage, although it bears no mark (a new, empty disk in place of the old)."""
+    """Accept what is in the configured folder as the storage, although it is not what was there before (a new disk)."""
+    from kanbu_backup_dagster.orchestration.dagster_home import open_instance
+    from kanbu_backup_dagster.orchestration.known_storage import accept_storage
+
     storage = load_environment().storage
-    click.echo(f"{storage.location} is a storage: {storage.prepare()}")
+    with open_instance() as instance:
+        click.echo(f"{storage.location} is the storage: {accept_storage(instance, storage)}")

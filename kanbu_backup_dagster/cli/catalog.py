@@ -45,10 +45,25 @@ def sync(as_json: bool, verbose: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def adopt(file: str, as_json: bool) -> None:
     """Read FILE, which has no manifest, through, and give it one. From then on retention judges it."""
+    from kanbu_backup_dagster.orchestration.target_lock import (
+        STORAGE_PATIENCE_SECONDS,
+        Holder,
+        open_locks,
+        storage_name,
+    )
+
     found = _in_storage(file)
-    with byte_bar("Reading", total=found.backup.file.size, silent=as_json) as bar:
-        manifest = adopt_file(found.backup, found.storage, found.keys, on_bytes=bar.to)
-    _tell_dagster(found, anew=True)
+    # Else its key could be rotated, or the file deleted, while it is read.
+    with open_locks().hold(
+        storage_name(found.storage),
+        Holder.now("kanbu-backup adopt", run_id=""),
+        exclusive=False,
+        wait_seconds=STORAGE_PATIENCE_SECONDS,
+    ):
+        backup = found.catalog.get(found.backup.filename)
+        with byte_bar("Reading", total=backup.file.size, silent=as_json) as bar:
+            manifest = adopt_file(backup, found.storage, found.keys, on_bytes=bar.to)
+        _tell_dagster(found, anew=True)
     if as_json:
         click.echo(manifest.model_dump_json(indent=2))
     else:

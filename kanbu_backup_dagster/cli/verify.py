@@ -96,7 +96,7 @@ def _verdict(filename: str, state: Mapping[str, Any]) -> dict[str, Any]:
         "filename": filename,
         "status": state["verification"],
         "at": datetime.fromtimestamp(at, timezone.utc).isoformat() if at is not None else None,
-        "detail": state.get("detail", ""),
+        "detail": f"not judged now: {state['not_judged']}" if "not_judged" in state else state.get("detail", ""),
         "deep": state.get("deep", False),
     }
 

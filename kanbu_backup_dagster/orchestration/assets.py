@@ -77,6 +77,8 @@ BACKUP_ASSETS = {
 
 # The entry of a file's observation that names the state of its manifest then (`Backup.fingerprint`).
 FINGERPRINT = "manifest"
+# The entry that says why a file that was to be verified could not be judged.
+NOT_JUDGED = "not_judged"
 
 _STAGE_SCHEMA = TableSchema(
     columns=[
@@ -214,8 +216,12 @@ def materialization(backup: Backup, path: str) -> AssetMaterialization:
     return AssetMaterialization(asset_key=key, partition=backup.filename, metadata=metadata, tags=tags)
 
 
-def state_observation(backup: Backup) -> AssetObservation:
-    """What may change about a backup file while it stays the same file: its verdict, whether it is held, drills."""
+def state_observation(backup: Backup, *, not_judged: str = "") -> AssetObservation:
+    """What may change about a backup file while it stays the same file: its verdict, whether it is held, drills.
+
+    Args:
+        not_judged: Why a verdict could not be reached just now.
+    """
     manifest = backup.manifest
     metadata: dict[str, AnyMetadata] = {
         "verification": MetadataValue.text(backup.status.value),
@@ -231,6 +237,8 @@ def state_observation(backup: Backup) -> AssetObservation:
             metadata["proven_at"] = MetadataValue.timestamp(manifest.proven_at)
     if detail := backup.problem or (manifest.verification.detail if manifest is not None else ""):
         metadata["detail"] = MetadataValue.text(detail)
+    if not_judged:
+        metadata[NOT_JUDGED] = MetadataValue.text(not_judged)
     return AssetObservation(BACKUP_ASSETS[backup.type][0], partition=backup.filename, metadata=metadata)
 
 

@@ -8,7 +8,6 @@ work, which the library rooms do. `store` alone moves bytes; see `backup.recipe`
 
 import time
 from dataclasses import dataclass, replace
-from datetime import datetime
 
 from dagster import OpExecutionContext, ResourceParam, op
 
@@ -20,7 +19,7 @@ from kanbu_backup_dagster.backup.manifest import Trigger, VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.backup.recipe import Recipe
 from kanbu_backup_dagster.backup.stages import GCM_LIMIT_BYTES
-from kanbu_backup_dagster.errors import KanbuError, StorageError
+from kanbu_backup_dagster.errors import StorageError
 from kanbu_backup_dagster.orchestration.assets import (
     backup_metadata,
     database_observation,
@@ -30,6 +29,7 @@ from kanbu_backup_dagster.orchestration.failures import explained
 from kanbu_backup_dagster.orchestration.known_storage import prepare_storage
 from kanbu_backup_dagster.orchestration.progress import reporter
 from kanbu_backup_dagster.orchestration.register import Register
+from kanbu_backup_dagster.orchestration.replaced import let_go_of_replaced
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.run_scope import RunScope
 from kanbu_backup_dagster.orchestration.tags import (
@@ -42,10 +42,8 @@ from kanbu_backup_dagster.orchestration.tags import (
     WAITING,
 )
 from kanbu_backup_dagster.orchestration.verify_ops import judge, tell_verdict
-from kanbu_backup_dagster.restore.swap import drop_replaced
 from kanbu_backup_dagster.schedule_file import load_schedule_file
 from kanbu_backup_dagster.settings import Settings
-from kanbu_backup_dagster.sources.commands import ServerAccess
 from kanbu_backup_dagster.sources.postgres import PostgresDump, prepare_dump
 from kanbu_backup_dagster.sources.source_tree import prepare_archive
 
@@ -57,7 +55,7 @@ _NEAR_LIMIT = 0.8
 
 @dataclass(frozen=True)
 class StoredBackup:
-    """What `store` hands on: the file's name and type, and for a database how its server was reached.
+    """What `store` hands on: the file's name and type.
 
     Attributes:
         settled: Whether it is known to have arrived where it is kept; `verify` finds out.
@@ -65,7 +63,6 @@ class StoredBackup:
 
     filename: str
     type: BackupType
-    access: ServerAccess | None = None
     settled: bool = True
 
 
@@ -217,8 +214,7 @@ def store(
     Register.of_run(context).add(backup, path)
     context.add_output_metadata({**backup_metadata(manifest, path), **storage_facts})
     context.log.info(f"[Backup] Stored {path}: {manifest.stored_bytes:,} bytes")
-    access = recipe.source.access if isinstance(recipe.source, PostgresDump) else None
-    return StoredBackup(manifest.filename, manifest.type, access)
+    return StoredBackup(manifest.filename, manifest.type)
 
 
 def _last_backup(loaded: Environment, backup_type: BackupType) -> Backup | None:
@@ -242,26 +238,9 @@ def verify(context: OpExecutionContext, stored: StoredBackup, environment: Backu
             deep=False,
             on_bytes=lambda count: report(Progress(count, backup.file.size, time.monotonic() - begun)),
         )
-        Register.of_run(context).evaluate(backup, judged.verdict, seconds=judged.seconds)
     tell_verdict(context, backup, judged)
     if judged.verdict.status is VerificationStatus.PENDING:
         context.instance.add_run_tags(context.run_id, {SETTLING: WAITING, SETTLING_FILE: stored.filename})
         return replace(stored, settled=False)
-    manifest = backup.manifest
-    assert manifest is not None  # a failed verdict ended the step, and only a file with a manifest has another
-    if manifest.database is not None and stored.access is not None:
-        _drop_replaced(context, loaded, stored.access, manifest.database.name, manifest.created_at)
+    let_go_of_replaced(context, loaded.settings, backup)
     return stored
-
-
-def _drop_replaced(
-    context: OpExecutionContext, loaded: Environment, access: ServerAccess, database: str, backed_up_at: datetime
-) -> None:
-    """Let go of what restores replaced, now that what they put in its place has a verified backup."""
-    try:
-        told = drop_replaced(access, loaded.settings, database, before=backed_up_at)
-    except KanbuError as error:
-        context.log.warning(f"[Backup] Replaced databases could not be looked for: {error}")
-        return
-    for line in told:
-        context.log.info(f"[Backup] {line}")

@@ -13,9 +13,8 @@ from typing import Any
 from dagster import AssetRecordsFilter, DagsterInstance, MetadataValue, OpExecutionContext, op
 from dagster._core.definitions.metadata.metadata_value import MetadataValue as AnyMetadata
 
-from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.environment import Environment
-from kanbu_backup_dagster.backup.manifest import Verification, VerificationStatus
+from kanbu_backup_dagster.backup.manifest import VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.orchestration.assets import BACKUP_ASSETS, FINGERPRINT
 from kanbu_backup_dagster.orchestration.failures import explained
@@ -87,7 +86,7 @@ def _sync_type(context: OpExecutionContext, loaded: Environment, backup_type: Ba
             was = None
         register.observe(backup)
         if was != now.value:
-            register.evaluate(backup, _verdict(backup))
+            register.evaluate(backup, backup.verification)
     for filename in sorted(known - {backup.filename for backup in backups}):
         difference.vanished.append(filename)
         noticed = MetadataValue.timestamp(datetime.now(timezone.utc))
@@ -126,9 +125,3 @@ def _recorded(instance: DagsterInstance, backup_type: BackupType, known: set[str
 def _text(metadata: dict[str, AnyMetadata], name: str) -> str | None:
     entry = metadata.get(name)
     return str(entry.value) if entry is not None else None
-
-
-def _verdict(backup: Backup) -> Verification:
-    if backup.manifest is not None:
-        return backup.manifest.verification
-    return Verification(status=backup.status, detail=backup.problem or "")

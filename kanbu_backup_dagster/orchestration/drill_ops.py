@@ -12,13 +12,10 @@ from datetime import datetime, timezone
 from typing import Any
 
 from dagster import (
-    AssetCheckEvaluation,
     AssetCheckExecutionContext,
     AssetCheckResult,
-    AssetCheckSeverity,
     AssetKey,
     AssetMaterialization,
-    AssetRecordsFilter,
     AssetSpec,
     Config,
     MetadataValue,
@@ -27,9 +24,6 @@ from dagster import (
     ResourceParam,
     asset_check,
     op,
-)
-from dagster._core.definitions.asset_checks.asset_check_evaluation import (
-    AssetCheckEvaluationTargetMaterializationData,
 )
 from pydantic import Field
 
@@ -110,17 +104,17 @@ def drill(
     with explained():
         loaded = environment.load()
         run_scope.hold(storage_name(loaded.storage), exclusive=False, wait_seconds=STORAGE_PATIENCE_SECONDS)
-    passed, failed = [], []
+    register, passed, failed = Register.of_run(context), [], []
     for filename in chosen:
         try:
             passed.append(_drill_one(context, loaded, filename, run_scope))
         except KanbuError as error:
             context.log.error(f"[Drill] {filename}: {error}")
             failed.append((filename, error))
-            _log_verdict(context, filename, passed=False, metadata=_told_of(error))
+            register.decide(RESTORABLE, filename, BackupType.DATABASE, passed=False, metadata=_told_of(error))
         else:
             context.log_event(_materialization(context, passed[-1]))
-            _log_verdict(context, filename, passed=True, metadata=_told_of(passed[-1]))
+            register.decide(RESTORABLE, filename, BackupType.DATABASE, passed=True, metadata=_told_of(passed[-1]))
     if failed:
         first_name, first = failed[0]
         others = f" ({len(failed)} of {len(chosen)} drills did not pass)" if len(chosen) > 1 else ""
@@ -137,7 +131,11 @@ def _drill_one(context: OpExecutionContext, loaded: Environment, filename: str, 
     file = load_schedule_file(loaded.settings.config_file)
     for problem in file.problems:
         context.log.warning(f"[Drill] {problem}")
-    with drill_server(loaded.settings, backup) as (server, settings):
+
+    def tell(line: str) -> None:
+        context.log.info(f"[Drill] {line}")
+
+    with drill_server(loaded.settings, backup, tell=tell) as (server, settings):
         run_scope.hold(lock_name(server), exclusive=True, wait_seconds=_WAIT_SECONDS)
         context.log.info(f"[Drill] {filename} on {server.access.description}, PostgreSQL {server.version}")
         result = drill_backup(
@@ -148,7 +146,7 @@ def _drill_one(context: OpExecutionContext, loaded: Environment, filename: str, 
             settings,
             file.drill.assertions,
             on_progress=reporter(context, "loading", of="Drill"),
-            tell=lambda line: context.log.info(f"[Drill] {line}"),
+            tell=tell,
         )
     if backup.manifest is not None:
         proven_at = datetime.now(timezone.utc)
@@ -186,27 +184,6 @@ def _materialization(context: OpExecutionContext, result: DrillResult) -> AssetM
             "run": MetadataValue.dagster_run(context.run_id),
         },
     )
-
-
-def _log_verdict(context: OpExecutionContext, filename: str, *, passed: bool, metadata: dict[str, Any]) -> None:
-    """Record the check of a file that Dagster knows; without the materialization it is about it counts for nothing."""
-    made = context.instance.fetch_materializations(
-        AssetRecordsFilter(asset_key=DATABASE_BACKUP, asset_partitions=[filename]), limit=1
-    ).records
-    if not made:
-        return
-    evaluation = AssetCheckEvaluation(
-        asset_key=DATABASE_BACKUP,
-        check_name=RESTORABLE,
-        passed=passed,
-        partition=filename,
-        severity=AssetCheckSeverity.ERROR,
-        metadata=metadata,
-        target_materialization_data=AssetCheckEvaluationTargetMaterializationData(
-            storage_id=made[0].storage_id, run_id=made[0].run_id, timestamp=made[0].timestamp
-        ),
-    )
-    context.log_event(evaluation)  # type: ignore[arg-type]  # accepted, and missing from the annotation
 
 
 @asset_check(

@@ -1,4 +1,4 @@
-"""Which storages Dagster's history knows, so that an empty folder in place of one is refused rather than filled."""
+"""Which storages Dagster's history knows, so that an empty folder or another disk in place of one is refused."""
 
 from __future__ import annotations
 
@@ -16,9 +16,27 @@ def prepare_storage(instance: DagsterInstance, storage: Storage, *, needed_bytes
     Raises:
         StorageError: It cannot be written, has too little room, or is not the one it was.
     """
-    memory, key = instance.run_storage, f"kanbu/storage-mark:{storage.location}"
-    known = memory.get_cursor_values({key}).get(key)
+    key = _key(storage)
+    known = instance.run_storage.get_cursor_values({key}).get(key)
     mark = storage.prepare(known_mark=known, needed_bytes=needed_bytes)
     if mark != known:
-        memory.set_cursor_values({key: mark})
+        instance.run_storage.set_cursor_values({key: mark})
     return storage.remove_leftovers()
+
+
+def accept_storage(instance: DagsterInstance, storage: Storage) -> str:
+    """Take what is there now for the storage, whatever was there before, and remember its mark.
+
+    Returns:
+        The mark; a new one where there was none.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    mark = storage.prepare()
+    instance.run_storage.set_cursor_values({_key(storage): mark})
+    return mark
+
+
+def _key(storage: Storage) -> str:
+    return f"kanbu/storage-mark:{storage.location}"

@@ -9,7 +9,7 @@ materialization it is about, or Dagster counts it for no partition.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from dagster import (
     AssetCheckEvaluation,
@@ -70,34 +70,57 @@ class Register:
         """Whether the file is one of the asset's partitions."""
         return self._instance.has_dynamic_partition(BACKUP_ASSETS[backup.type][1], backup.filename)
 
-    def observe(self, backup: Backup) -> None:
-        """Record the state of a file."""
-        self._log(state_observation(backup))
+    def observe(self, backup: Backup, *, not_judged: str = "") -> None:
+        """Record the state of a file.
+
+        Args:
+            not_judged: Why it was to be verified just now and could not be.
+        """
+        self._log(state_observation(backup, not_judged=not_judged))
 
     def evaluate(self, backup: Backup, verdict: Verification, *, seconds: float | None = None) -> None:
         """Record a verdict as the outcome of the check `verified`; one that is none (`no_checksum`) is left out."""
-        if verdict.status not in JUDGED:
+        if verdict.status in JUDGED:
+            self.decide(
+                CHECK,
+                backup.filename,
+                backup.type,
+                passed=verdict.status is VerificationStatus.VERIFIED,
+                description=verdict.detail or None,
+                metadata=verdict_metadata(verdict, seconds),
+            )
+
+    def decide(
+        self,
+        check: str,
+        filename: str,
+        backup_type: BackupType,
+        *,
+        passed: bool,
+        metadata: Mapping[str, AnyMetadata],
+        description: str | None = None,
+    ) -> None:
+        """Record the outcome of a check of a file. Of a file that was never made known it would count for nothing, and
+        is left out."""
+        key, _ = BACKUP_ASSETS[backup_type]
+        records = self._instance.fetch_materializations(
+            AssetRecordsFilter(key, asset_partitions=[filename]), limit=1
+        ).records
+        if not records:
             return
         self._log(
             AssetCheckEvaluation(
-                asset_key=BACKUP_ASSETS[backup.type][0],
-                check_name=CHECK,
-                partition=backup.filename,
-                passed=verdict.status is VerificationStatus.VERIFIED,
+                asset_key=key,
+                check_name=check,
+                partition=filename,
+                passed=passed,
                 severity=AssetCheckSeverity.ERROR,
-                description=verdict.detail or None,
-                metadata=verdict_metadata(verdict, seconds),
-                target_materialization_data=self._target(backup),
+                description=description,
+                metadata=metadata,
+                target_materialization_data=AssetCheckEvaluationTargetMaterializationData(
+                    storage_id=records[0].storage_id, run_id=records[0].run_id, timestamp=records[0].timestamp
+                ),
             )
-        )
-
-    def _target(self, backup: Backup) -> AssetCheckEvaluationTargetMaterializationData | None:
-        asset = AssetRecordsFilter(BACKUP_ASSETS[backup.type][0], asset_partitions=[backup.filename])
-        records = self._instance.fetch_materializations(asset, limit=1).records
-        if not records:
-            return None
-        return AssetCheckEvaluationTargetMaterializationData(
-            storage_id=records[0].storage_id, run_id=records[0].run_id, timestamp=records[0].timestamp
         )
 
     def remove(self, filename: str, backup_type: BackupType, metadata: dict[str, AnyMetadata]) -> None:

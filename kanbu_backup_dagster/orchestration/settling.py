@@ -4,12 +4,15 @@ What belongs here: the sensor that asks whether they have arrived, has them veri
 waited for it. What does not: the asking itself (`storage`), verifying and pruning, which are jobs.
 
 The run that made such a backup is tagged; the file's own status decides what comes next, so that nothing is kept here
-and a verification started by hand counts as well. `alerts` tells of the backup when the tag says that it has settled.
+but how far the round has come, and a verification started by hand counts as well. Each tick looks at some of the runs
+and the next one goes on after them, so that none that stays where it is keeps others from being looked at.
+`alerts` tells of the backup when the tag says that it has settled.
 """
 
 # No `from __future__ import annotations` here: Dagster reads the annotations of sensors as objects.
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 from dagster import (
     DagsterInstance,
@@ -32,8 +35,9 @@ from kanbu_backup_dagster.orchestration.schedules import UNFINISHED
 from kanbu_backup_dagster.storage.open import open_storage
 
 SETTLING_SECONDS = 60
-# With one file's answer from the mount and three from its remote control, a tick stays within Dagster's minute.
+# A tick has to end within Dagster's minute, however long the mount and its remote control take to answer.
 _MOUNT_SECONDS = 10.0
+_TICK_SECONDS = 20.0
 _AT_ONCE = 10
 _VERIFICATIONS = 3
 """A file whose verification ends without a verdict so often (no key) is left to `verify_pending_backups`."""
@@ -43,7 +47,7 @@ def settling_sensor(jobs: list[JobDefinition]) -> SensorDefinition:
     """The sensor `settling`, which starts two of `jobs`."""
 
     def settling(context: SensorEvaluationContext) -> SensorResult | SkipReason:
-        return _tick(context.instance)
+        return _tick(context.instance, context.cursor)
 
     return SensorDefinition(
         name="settling",
@@ -56,20 +60,36 @@ def settling_sensor(jobs: list[JobDefinition]) -> SensorDefinition:
     )
 
 
-def _tick(instance: DagsterInstance) -> SensorResult | SkipReason:
-    runs = instance.get_runs(RunsFilter(tags={tags.SETTLING: tags.WAITING}), limit=_AT_ONCE, ascending=True)
+def _tick(instance: DagsterInstance, last: str | None) -> SensorResult | SkipReason:
+    """Look at some of the runs that wait, from the one after `last` (an id) on."""
+    runs = _waiting(instance, after=last) or _waiting(instance)
     if not runs:
         return SkipReason("No backup is on its way.")
-    requests: list[RunRequest] = []
-    said: list[str] = []
     try:
         environment = _impatient(load_environment())
-        for run in runs:
-            how = _next_step(instance, environment, run, requests)
-            said.append(f"{run.tags[tags.SETTLING_FILE]}: {how}")
     except KanbuError as error:
-        said.append(str(error))
-    return SensorResult(run_requests=requests) if requests else SkipReason("\n".join(said))
+        return SkipReason(str(error))
+    requests: list[RunRequest] = []
+    said: list[str] = []
+    until = time.monotonic() + _TICK_SECONDS
+    for run in runs:
+        try:
+            how = _next_step(instance, environment, run, requests)
+        except KanbuError as error:
+            how = str(error)
+        said.append(f"{run.tags[tags.SETTLING_FILE]}: {how}")
+        last = run.run_id
+        if time.monotonic() > until:
+            break
+    return SensorResult(
+        run_requests=requests, skip_reason=None if requests else SkipReason("\n".join(said)), cursor=last
+    )
+
+
+def _waiting(instance: DagsterInstance, *, after: str | None = None) -> Sequence[DagsterRun]:
+    """The oldest runs that wait, or the oldest after one of them; none when that one was deleted."""
+    waiting = RunsFilter(tags={tags.SETTLING: tags.WAITING})
+    return instance.get_runs(waiting, cursor=after, limit=_AT_ONCE, ascending=True)
 
 
 def _impatient(environment: Environment) -> Environment:

@@ -40,7 +40,7 @@ class Holder:
 
     Attributes:
         job: The job's name.
-        run_id: Its run.
+        run_id: Its run; empty for a command that is none.
         pid: The process.
         machine: The machine it runs on.
         since: When it took the lock, UTC, ISO 8601.
@@ -60,7 +60,8 @@ class Holder:
         )
 
     def __str__(self) -> str:
-        return f"{self.job}, run {self.run_id}, process {self.pid} on {self.machine}, since {self.since}"
+        run = f", run {self.run_id}" if self.run_id else ""
+        return f"{self.job}{run}, process {self.pid} on {self.machine}, since {self.since}"
 
 
 class Locks(Protocol):

@@ -9,7 +9,7 @@ what is read and compared (`backup.verification`).
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dagster import (
     AssetCheckExecutionContext,
@@ -33,17 +33,20 @@ from kanbu_backup_dagster.backup.landing import Progress
 from kanbu_backup_dagster.backup.manifest import Verification, VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.backup.verification import verify
-from kanbu_backup_dagster.errors import CorruptBackupError, KanbuError
+from kanbu_backup_dagster.errors import BackupNotFoundError, CorruptBackupError, KanbuError
 from kanbu_backup_dagster.orchestration.assets import (
     BACKUP_ASSETS,
     DATABASE_FILES,
+    NOT_JUDGED,
     SOURCE_FILES,
     counts_observation,
 )
 from kanbu_backup_dagster.orchestration.failures import ERROR_KIND, explained
 from kanbu_backup_dagster.orchestration.progress import reporter
 from kanbu_backup_dagster.orchestration.register import CHECK, Register, verdict_metadata
+from kanbu_backup_dagster.orchestration.replaced import let_go_of_replaced
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
+from kanbu_backup_dagster.orchestration.tags import SETTLED_FOR
 from kanbu_backup_dagster.orchestration.target_lock import STORAGE_PATIENCE_SECONDS, Holder, open_locks, storage_name
 from kanbu_backup_dagster.storage.protocol import SETTLED
 
@@ -53,10 +56,16 @@ warnings.filterwarnings("ignore", message="Specifying a partitions_def", categor
 
 @dataclass(frozen=True)
 class Judged:
-    """A verdict, and how long it took to reach."""
+    """What a file is worth, and how long it took to find out.
+
+    Attributes:
+        verdict: The verdict; where none could be reached, what was known before.
+        not_judged: Why none could be reached.
+    """
 
     verdict: Verification
     seconds: float
+    not_judged: str = ""
 
 
 def judge(
@@ -69,7 +78,7 @@ def judge(
 ) -> Judged:
     """Verify a file, held against deletion meanwhile; record the verdict in its manifest and as its state in Dagster.
 
-    One that may not have arrived where it is kept is not judged: it stays `pending`, with the reason.
+    One that may not have arrived where it is kept is not judged: it stays what it was, `pending` with the reason.
 
     The check `verified` is the caller's to record.
 
@@ -90,19 +99,19 @@ def judge(
         begun = time.monotonic()
         # What is still on its way would be read from this machine's own cache.
         settlement = loaded.storage.settlement(backup.filename) if backup.manifest is not None else SETTLED
+        not_judged = "" if settlement.done else f"Not known to have arrived: {settlement.reason}"
         verdict = (
             verify(backup, loaded.storage, loaded.keys, deep=deep, on_bytes=on_bytes)
             if settlement.done
-            else Verification(
-                status=VerificationStatus.PENDING, detail=f"Not known to have arrived: {settlement.reason}"
-            )
+            else Verification(status=VerificationStatus.PENDING, detail=not_judged)
         )
-        judged = Judged(verdict, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
         recorded = loaded.catalog.record_verdict(backup, verdict)
         if not recorded and verdict.status is VerificationStatus.FAILED:
             context.log.warning(f"[Verify] {backup.filename}: the verdict cannot be written to its manifest.")
-        register.observe(loaded.catalog.get(backup.filename))
-    return judged
+        known = loaded.catalog.get(backup.filename)
+        register.observe(known, not_judged=not_judged)
+    return Judged(known.verification if not_judged else verdict, seconds, not_judged)
 
 
 class VerifyConfig(Config):
@@ -125,14 +134,24 @@ def verify_one(context: OpExecutionContext, config: VerifyConfig, environment: B
             deep=config.deep,
             on_bytes=lambda count: report(Progress(count, backup.file.size, time.monotonic() - begun)),
         )
-        Register.of_run(context).evaluate(backup, judged.verdict, seconds=judged.seconds)
         observe_counts(context, loaded, backup.type)
     tell_verdict(context, backup, judged)
+    # The backup's own run ended before it had arrived, and could not do this.
+    if SETTLED_FOR in context.run.tags and judged.verdict.status is VerificationStatus.VERIFIED:
+        let_go_of_replaced(context, loaded.settings, backup)
 
 
 def tell_verdict(context: OpExecutionContext, backup: Backup, judged: Judged) -> None:
-    """Log the verdict and put it in the op's output; a failed one fails the step."""
+    """Record the check `verified`, log the verdict and put it in the op's output; a failed one fails the step.
+
+    What could not be judged is a warning, and the check stays what it was.
+    """
     verdict = judged.verdict
+    if judged.not_judged:
+        context.add_output_metadata({**verdict_metadata(verdict, None), NOT_JUDGED: judged.not_judged})
+        context.log.warning(f"[Verify] {_not_judged(backup, judged)}")
+        return
+    Register.of_run(context).evaluate(backup, verdict, seconds=judged.seconds)
     if verdict.status is VerificationStatus.FAILED:
         raise Failure(
             description=f"{verdict.detail} ({backup.filename})",
@@ -143,8 +162,11 @@ def tell_verdict(context: OpExecutionContext, backup: Backup, judged: Judged) ->
             allow_retries=False,
         )
     context.add_output_metadata({**verdict_metadata(verdict, judged.seconds)})
-    log = context.log.warning if verdict.status is VerificationStatus.PENDING else context.log.info
-    log(f"[Verify] {backup.filename}: {verdict.status.value} {verdict.detail}".rstrip())
+    context.log.info(f"[Verify] {backup.filename}: {verdict.status.value} {verdict.detail}".rstrip())
+
+
+def _not_judged(backup: Backup, judged: Judged) -> str:
+    return f"{backup.filename} was not judged, and stays {judged.verdict.status.value}: {judged.not_judged}"
 
 
 class VerifyManyConfig(Config):
@@ -154,55 +176,86 @@ class VerifyManyConfig(Config):
     deep: bool = Field(True, description="Read the content through too: gzip, the dump's end and rows, the archive.")
 
 
-@op(description="Verifies every backup that is pending; goes on past a bad one, and fails at the end if any failed.")
+@op(description="Verifies every backup that is pending; goes on past a bad file, and fails at the end if any failed.")
 def verify_many(context: OpExecutionContext, config: VerifyManyConfig, environment: BackupEnvironment) -> None:
     with explained():
         loaded = environment.load()
         backups = [
             backup for backup in loaded.catalog.backups() if config.all or backup.status is VerificationStatus.PENDING
         ]
-        bad: list[str] = []
-        waiting = 0
-        errors: list[KanbuError] = []
-        begun, done, report = time.monotonic(), 0, reporter(context, "verifying", of="Verify")
-        total = sum(backup.file.size for backup in backups)
-        for number, backup in enumerate(backups, 1):
-            before = done
-            done += backup.file.size
-            try:
-                judged = judge(
-                    context,
-                    loaded,
-                    backup,
-                    deep=config.deep,
-                    on_bytes=lambda count, before=before: report(  # type: ignore[misc]
-                        Progress(before + count, total, time.monotonic() - begun)
-                    ),
-                )
-            except KanbuError as error:
-                context.log.error(f"[Verify] {number} of {len(backups)}, {backup.filename}: {error}")
-                errors.append(error)
-                bad.append(f"{backup.filename}: {error.message}")
-                continue
-            Register.of_run(context).evaluate(backup, judged.verdict, seconds=judged.seconds)
-            said = f"[Verify] {number} of {len(backups)}, {backup.filename}: {judged.verdict.status.value}"
-            if judged.verdict.status is VerificationStatus.FAILED:
-                context.log.error(f"{said}: {judged.verdict.detail}")
-                bad.append(f"{backup.filename}: {judged.verdict.detail}")
-            elif judged.verdict.status is VerificationStatus.PENDING:
-                context.log.warning(f"{said}: {judged.verdict.detail}")
-                waiting += 1
-            else:
-                context.log.info(said)
+        found = _verify_each(context, loaded, backups, deep=config.deep)
         for backup_type in BackupType:
             observe_counts(context, loaded, backup_type)
         context.add_output_metadata(
-            {"verified": len(backups) - len(bad) - waiting, "failed": len(bad), "waiting": waiting, "bytes": total}
+            {
+                "verified": found.good,
+                "failed": len(found.bad),
+                "waiting": found.waiting,
+                "bytes": sum(backup.file.size for backup in backups),
+            }
         )
-        if bad:
+        if found.bad:
             # Where nothing is damaged, but a key is missing or the storage is away, the run says that.
-            kind = type(errors[0]) if len(errors) == len(bad) else KanbuError
-            raise kind(f"{len(bad)} of {len(backups)} backups are not verified.", tried=tuple(bad))
+            kind = type(found.errors[0]) if len(found.errors) == len(found.bad) else KanbuError
+            raise kind(f"{len(found.bad)} of {len(backups)} backups are not verified.", tried=tuple(found.bad))
+
+
+@dataclass
+class _Found:
+    """What verifying many came to.
+
+    Attributes:
+        good: How many were not found bad.
+        waiting: How many could not be judged yet.
+        bad: The others, a line each: damaged ones, and those that could not be read.
+        errors: Why those could not.
+    """
+
+    good: int = 0
+    waiting: int = 0
+    bad: list[str] = field(default_factory=list)
+    errors: list[KanbuError] = field(default_factory=list)
+
+
+def _verify_each(context: OpExecutionContext, loaded: Environment, backups: list[Backup], *, deep: bool) -> _Found:
+    found = _Found()
+    total, done, begun = sum(backup.file.size for backup in backups), 0, time.monotonic()
+    report = reporter(context, "verifying", of="Verify")
+
+    def seen(count: int) -> None:
+        report(Progress(done + count, total, time.monotonic() - begun))
+
+    for number, backup in enumerate(backups, 1):
+        place = f"[Verify] {number} of {len(backups)}"
+        try:
+            judged = judge(context, loaded, backup, deep=deep, on_bytes=seen)
+        except BackupNotFoundError:
+            context.log.info(f"{place}, {backup.filename} was deleted meanwhile")
+        except KanbuError as error:
+            context.log.error(f"{place}, {backup.filename}: {error}")
+            found.errors.append(error)
+            found.bad.append(f"{backup.filename}: {error.message}")
+        else:
+            _take(context, backup, judged, found, place)
+        done += backup.file.size
+    return found
+
+
+def _take(context: OpExecutionContext, backup: Backup, judged: Judged, found: _Found, place: str) -> None:
+    """Record what one of many is worth, and count it."""
+    verdict = judged.verdict
+    if judged.not_judged:
+        context.log.warning(f"{place}, {_not_judged(backup, judged)}")
+        found.waiting += 1
+        return
+    Register.of_run(context).evaluate(backup, verdict, seconds=judged.seconds)
+    said = f"{place}, {backup.filename}: {verdict.status.value}"
+    if verdict.status is VerificationStatus.FAILED:
+        context.log.error(f"{said}: {verdict.detail}")
+        found.bad.append(f"{backup.filename}: {verdict.detail}")
+    else:
+        context.log.info(said)
+        found.good += 1
 
 
 def observe_counts(context: OpExecutionContext, loaded: Environment, backup_type: BackupType) -> None:
@@ -239,9 +292,18 @@ def _verified_check(backup_type: BackupType, files: DynamicPartitionsDefinition)
                 on_bytes=lambda count: report(Progress(count, backup.file.size, time.monotonic() - begun)),
             )
         verdict = judged.verdict
+        passed = verdict.status is VerificationStatus.VERIFIED
+        if judged.not_judged:
+            # Dagster wants an outcome, which takes the last one's place: what was known is said again.
+            return AssetCheckResult(
+                passed=passed,
+                severity=AssetCheckSeverity.WARN,
+                description=_not_judged(backup, judged),
+                metadata={**verdict_metadata(verdict, None), NOT_JUDGED: MetadataValue.text(judged.not_judged)},
+            )
         # A file without a checksum is not known to be damaged.
         return AssetCheckResult(
-            passed=verdict.status is VerificationStatus.VERIFIED,
+            passed=passed,
             severity=(
                 AssetCheckSeverity.ERROR if verdict.status is VerificationStatus.FAILED else AssetCheckSeverity.WARN
             ),

@@ -22,7 +22,7 @@ from kanbu_backup_dagster.backup.keys import Keyring
 from kanbu_backup_dagster.backup.landing import Progress
 from kanbu_backup_dagster.backup.reading import prove
 from kanbu_backup_dagster.errors import KanbuError, NotDrillableError, RestoreError, SettingsError, SourceError
-from kanbu_backup_dagster.restore.checks import Checked, check_database
+from kanbu_backup_dagster.restore.checks import check_database
 from kanbu_backup_dagster.restore.database import create_roles
 from kanbu_backup_dagster.restore.plan import missing_extensions, missing_roles, psql_problem
 from kanbu_backup_dagster.restore.server import Server, find_databases, open_server, run
@@ -48,7 +48,7 @@ class DrillResult:
         seconds: About what a restore would need: both passes and the checks.
         server: Where it took place.
         assertions: Names of the assertions that held.
-        remarks: What is as it was dumped, and yet worth knowing.
+        remarks: What is as it was dumped, and yet worth knowing; and what the drill could not clear away.
     """
 
     filename: str
@@ -61,16 +61,23 @@ class DrillResult:
 
 
 @contextmanager
-def drill_server(settings: Settings, backup: Backup) -> Iterator[tuple[Server, Settings]]:
+def drill_server(
+    settings: Settings, backup: Backup, *, tell: Callable[[str], None] = lambda line: None
+) -> Iterator[tuple[Server, Settings]]:
     """The server a drill takes place on, and the settings that lead to it.
 
     It is that of BACKUP_DRILL_DATABASE_URL or in BACKUP_DRILL_CONTAINER, else a new one of our own: of the backup's
-    major version where that is installed, else of the newest.
+    major version where that is installed, else of the newest. First goes what a killed drill left on this machine.
+
+    Args:
+        tell: Told in words what was left and went.
 
     Raises:
         SettingsError: Both are set.
         KanbuError: There is none.
     """
+    for leftover in EmbeddedPostgres.remove_leftovers():
+        tell(f"Removed what a killed drill left: {leftover}")
     url, container = settings.secret("drill_database_url"), settings.drill_container
     if url is not None and container is not None:
         raise SettingsError(
@@ -160,16 +167,27 @@ def drill(
         seconds = time.monotonic() - begun
         held = tuple(_assert(server, settings, database, assertion) for assertion in assertions)
     finally:
-        drop_staging(server, settings, database)
-        if roles:
-            run(server, settings, [f"DROP ROLE IF EXISTS {quote_identifier(role)};" for role in roles])
-    return _result(backup, server, checked, seconds, held)
-
-
-def _result(backup: Backup, server: Server, checked: Checked, seconds: float, held: tuple[str, ...]) -> DrillResult:
+        left = _clear_up(server, settings, database, roles)
+        for line in left:
+            tell(line)
     rows = sum(checked.rows.values())
     where = server.access.description
-    return DrillResult(backup.filename, checked.tables, rows, seconds, where, held, checked.remarks)
+    return DrillResult(backup.filename, checked.tables, rows, seconds, where, held, (*checked.remarks, *left))
+
+
+def _clear_up(server: Server, settings: Settings, database: str, roles: Sequence[str]) -> tuple[str, ...]:
+    """Drop what the drill made; a line about each that could not be. What the drill itself came to stands."""
+    left = []
+    try:
+        drop_staging(server, settings, database)
+    except KanbuError as error:
+        left.append(f"The database {database} stays, it cannot be dropped: {error.message}")
+    for role in roles:
+        try:
+            run(server, settings, [f"DROP ROLE IF EXISTS {quote_identifier(role)};"])
+        except KanbuError as error:
+            left.append(f"The role {role} stays, it cannot be dropped: {error.message}")
+    return tuple(left)
 
 
 def _assert(server: Server, settings: Settings, database: str, assertion: Assertion) -> str:

@@ -229,11 +229,12 @@ def _widen(pipe: IO[bytes]) -> None:
             return
 
 
-def die_with_parent() -> None:
-    """For a child to call before it becomes its program: it is asked to end when its parent is killed (Linux only)."""
+def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """For a child to call before it becomes its program: it gets the signal `number` when the thread that started it
+    ends, as all do when their process is killed (Linux only)."""
     # A dump whose reader was killed outright may sit waiting for a lock, holding others, and never notice.
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 # Whatever the database's own encoding; one that has none (SQL_ASCII) passes bytes as they are.

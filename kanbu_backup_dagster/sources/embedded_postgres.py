@@ -18,6 +18,7 @@ import functools
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from types import TracebackType
 from urllib.parse import quote
 
 from kanbu_backup_dagster.errors import SourceError
-from kanbu_backup_dagster.sources.commands import quote_identifier
+from kanbu_backup_dagster.sources.commands import die_with_parent, quote_identifier
 from kanbu_backup_dagster.sources.server_account import ServerAccount, server_account
 from kanbu_backup_dagster.sources.server_binaries import ENVIRONMENT, ServerBinaries, find_server_binaries
 from kanbu_backup_dagster.sources.server_process import PidFile, end_server, serves
@@ -40,6 +41,8 @@ SUPERUSER = "kanbu"
 
 # sun_path holds 108 bytes on Linux and 104 on macOS, its closing NUL among them; the file is called .s.PGSQL.<port>.
 _LONGEST_SOCKET_FOLDER = 103 - len("/.s.PGSQL.65535")
+_TEMPORARY_PREFIX = "kanbu-postgres-"
+_OWNER = ".owner"
 _UNSAFE_SETTINGS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
 
 
@@ -94,6 +97,7 @@ class EmbeddedPostgres:
         *,
         major: int | None = None,
         durable: bool = True,
+        outlives_us: bool = True,
         settings: Mapping[str, str] | None = None,
         timeout: float = 60.0,
     ) -> EmbeddedPostgres:
@@ -103,6 +107,8 @@ class EmbeddedPostgres:
             folder: Its own folder; made if missing. Nothing else should be kept in it.
             major: The major version wanted; by default that of the data in `folder`, else the newest found.
             durable: False gives up all safety against a crash of the machine for speed.
+            outlives_us: False for one that is not to go on when the thread that starts it here ends, be it by kill -9
+                (Linux only).
             settings: PostgreSQL settings by name, for a server that is started now.
             timeout: Seconds to wait until it answers.
 
@@ -115,7 +121,7 @@ class EmbeddedPostgres:
             # Under root others must pass through it to the data; they can neither list nor read anything here.
             folder.mkdir(mode=0o700 if account.uid is None else 0o711, parents=True, exist_ok=True)
             with _locked(folder / ".lock"):
-                return cls._start(folder, account, major, durable, settings or {}, timeout)
+                return cls._start(folder, account, major, durable, outlives_us, settings or {}, timeout)
         except OSError as error:
             raise SourceError(f"PostgreSQL cannot be started in {folder}: {error}.") from error
 
@@ -126,6 +132,7 @@ class EmbeddedPostgres:
         account: ServerAccount,
         major: int | None,
         durable: bool,
+        outlives_us: bool,
         settings: Mapping[str, str],
         timeout: float,
     ) -> EmbeddedPostgres:
@@ -151,10 +158,19 @@ class EmbeddedPostgres:
         else:
             _initdb(data, account, programs, durable)
         server = make(port=int(settings.get("port", 5432)), socket_folder=_socket_folder(home, account))
-        server._launch(account, programs, settings if durable else {**_UNSAFE_SETTINGS, **settings}, timeout)
+        all_settings = settings if durable else {**_UNSAFE_SETTINGS, **settings}
+        server._launch(account, programs, all_settings, timeout, outlives_us=outlives_us)
         return server
 
-    def _launch(self, account: ServerAccount, programs: Path, settings: Mapping[str, str], timeout: float) -> None:
+    def _launch(
+        self,
+        account: ServerAccount,
+        programs: Path,
+        settings: Mapping[str, str],
+        timeout: float,
+        *,
+        outlives_us: bool,
+    ) -> None:
         data, log = self.home / "data", self.home / "log"
         all_settings = {"listen_addresses": "", **settings, "unix_socket_directories": str(self.socket_folder)}
         command: list[str | Path] = [programs / "postgres", "-D", data, "-p", str(self.port)]
@@ -165,7 +181,13 @@ class EmbeddedPostgres:
         with log.open("a") as log_file:
             log_begins = log_file.tell()
             process = account.popen(
-                command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # An immediate shutdown: any other waits for sessions, which do not notice that nobody listens.
+                preexec_fn=None if outlives_us else functools.partial(die_with_parent, signal.SIGQUIT),
             )
         try:
             deadline = time.monotonic() + timeout
@@ -278,6 +300,8 @@ class EmbeddedPostgres:
     ) -> Iterator[EmbeddedPostgres]:
         """A new server for the length of a `with` block, made for speed; afterwards it and its data are gone.
 
+        When this process is killed, the server ends too (Linux only); `remove_leftovers` deletes its data.
+
         Args:
             parent: The folder to make its own folder in; by default the system's temporary one.
             major: As for `start`.
@@ -286,18 +310,73 @@ class EmbeddedPostgres:
         Raises:
             SourceError: As for `start`.
         """
-        folder = Path(tempfile.mkdtemp(prefix="kanbu-postgres-", dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=parent))
         try:
             if os.geteuid() == 0:
                 folder.chmod(0o711)
-            server = cls.start(folder, major=major, durable=False, settings=settings)
-            try:
-                yield server
-            finally:
-                server.stop(immediately=True)
-                shutil.rmtree(server.home)
+            with _owned(folder):
+                server = cls.start(folder, major=major, durable=False, outlives_us=False, settings=settings)
+                try:
+                    yield server
+                finally:
+                    server.stop(immediately=True)
+                    shutil.rmtree(server.home)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    @classmethod
+    def remove_leftovers(cls, parent: Path | None = None) -> list[Path]:
+        """Delete the folders of `temporary` servers whose process was killed, ending those that still run.
+
+        Args:
+            parent: As for `temporary`.
+
+        Returns:
+            The folders that are gone.
+        """
+        removed = []
+        for folder in Path(parent or tempfile.gettempdir()).glob(f"{_TEMPORARY_PREFIX}*"):
+            with _abandoned(folder) as abandoned:
+                if abandoned:
+                    home = _linked_home(folder) or folder
+                    end_server(home, immediately=True)
+                    for each in (home, folder):
+                        shutil.rmtree(each, ignore_errors=True)  # what another one deletes just now is no error
+                    if not folder.exists():
+                        removed.append(folder)
+        return removed
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Hold the lock that says that the server in `folder` has an owner who lives."""
+    unseen = folder / f"{_OWNER}.new"
+    with unseen.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        unseen.rename(folder / _OWNER)  # only now: nobody ever finds it unlocked while we live
+        yield
+
+
+@contextmanager
+def _abandoned(folder: Path) -> Iterator[bool]:
+    """Whether `folder` had an owner who is dead; if so, this process owns it meanwhile."""
+    try:
+        status = folder.lstat()
+        # In a folder that everybody may write to, only what is ours alone was made by us.
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            yield False
+            return
+        file = (folder / _OWNER).open()
+    except FileNotFoundError:  # it has no owner yet, or is gone by now
+        yield False
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 @contextmanager
@@ -311,21 +390,28 @@ def _existing_home(folder: Path, account: ServerAccount) -> Path | None:
     """Where the server of `folder` lives: there, or where its link points to; None when that is yet to be chosen."""
     if account.can_enter(folder):
         return folder
+    home = _linked_home(folder)
+    if home is not None and account.can_enter(home):
+        return home
+    if (folder / "home").is_symlink():
+        (folder / "home").unlink()
+    return None
+
+
+def _linked_home(folder: Path) -> Path | None:
+    """Where the link in `folder` points to, if root made what is there."""
     link = folder / "home"
     if not link.is_symlink():
         return None
     home = link.readlink()
     # The link outlives what a cleaner of temporary folders removed; in a sticky folder only root makes root's.
-    if home.is_dir() and not home.is_symlink() and home.stat().st_uid == 0 and account.can_enter(home):
-        return home
-    link.unlink()
-    return None
+    return home if home.is_dir() and not home.is_symlink() and home.stat().st_uid == 0 else None
 
 
 def _new_home(folder: Path, account: ServerAccount) -> Path:
     for parent in (Path("/var/tmp"), Path(tempfile.gettempdir())):
         if account.can_enter(parent):
-            home = Path(tempfile.mkdtemp(prefix="kanbu-postgres-", dir=parent))
+            home = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=parent))
             home.chmod(0o711)
             (folder / "home").symlink_to(home)
             return home
@@ -397,7 +483,7 @@ def _socket_folder(home: Path, account: ServerAccount) -> Path:
     """A new folder that only the server's user can enter, with a path short enough for a Unix socket."""
     folder = home / "run"
     if len(os.fsencode(folder)) > _LONGEST_SOCKET_FOLDER:
-        folder = Path(tempfile.mkdtemp(prefix="kanbu-postgres-", dir="/tmp"))
+        folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir="/tmp"))
     if folder.exists():
         # A server that was killed leaves its lock, which stops the next one once another process has its number.
         shutil.rmtree(folder)

@@ -230,6 +230,7 @@ class OpenDump:
         return DatabaseFacts(
             name=state.name,
             server_version=state.server_version,
+            server_id=state.server_id,
             pg_dump_version=self._dump.access.client_version,
             mode=self._dump.access.mode,
             size_bytes=state.size_bytes,

@@ -66,10 +66,11 @@ class FolderStorage:
 
     def prepare(self, *, known_mark: str | None = None, needed_bytes: int = 0) -> str:
         mark = self._read_mark()
-        if mark is None and known_mark is not None:
+        if known_mark not in (None, mark):
+            bears = "bears no mark of it" if mark is None else "bears the mark of another storage"
             raise self._inaccessible(
-                f"{self.location} held backups before, and now bears no mark of it. Is the volume mounted?",
-                "Mount it; or, if this is meant to be a new, empty storage, run `kanbu-backup storage mark`.",
+                f"{self.location} held backups before, and now {bears}. Is the right volume mounted?",
+                "Mount it; or, if what is there now is meant to be the storage, run `kanbu-backup storage mark`.",
             )
         if mark is None:
             mark = self.mark()

@@ -83,7 +83,8 @@ class Storage(Protocol):
         """Check that files can be written, and give the storage's mark (made on first use).
 
         Args:
-            known_mark: The mark this location had before; when it has none now, the place behind it is another.
+            known_mark: The mark this location had before; when it has none or another now, the place behind it is
+                another, and refused.
             needed_bytes: Room that the next file is expected to need.
         """
 

@@ -14,6 +14,7 @@ import pytest
 from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.manifest import VerificationStatus
 from kanbu_backup_dagster.cli import main as command_line
+from kanbu_backup_dagster.orchestration import target_lock
 from kanbu_backup_dagster_tests.backups import DUMP, store_backup
 
 Configure = Callable[..., Path]
@@ -138,6 +139,21 @@ def test_adopting_holding_and_what_the_next_prune_does(configure: Configure, kan
 
 def fates_of_the_rest(kanbu: Kanbu) -> set[str]:
     return {one["filename"] for one in answer(kanbu, "retention", "preview", "--now", "--type", "database")}
+
+
+def test_a_file_is_not_adopted_while_a_rotation_may_replace_it(
+    configure: Configure, kanbu: Kanbu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = legacy(configure(), 1)
+    monkeypatch.setattr(target_lock, "STORAGE_PATIENCE_SECONDS", 0.1)
+    lock = target_lock.storage_name(load_environment().storage)
+    with target_lock.open_locks().hold(lock, target_lock.Holder.now("rotate_keys", "a-rotation"), exclusive=True):
+        code, _, err = kanbu("adopt", name)
+    assert (code, "held by rotate_keys, run a-rotation" in err) == (8, True)
+    assert load_environment().catalog.get(name).manifest is None
+    # Others that read may go on meanwhile.
+    with target_lock.open_locks().hold(lock, target_lock.Holder.now("restore_database", "one"), exclusive=False):
+        assert kanbu("adopt", name)[0] == 0
 
 
 def test_what_cannot_be_read_through_is_not_adopted(configure: Configure, kanbu: Kanbu) -> None:

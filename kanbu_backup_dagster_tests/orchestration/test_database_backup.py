@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psycopg2
 import pytest
+from click.testing import CliRunner
 from dagster import AssetKey, AssetRecordsFilter, DagsterInstance, DagsterRunStatus
 
 from kanbu_backup_dagster.backup.catalog import Catalog
@@ -23,6 +24,7 @@ from kanbu_backup_dagster.backup.landing import Origin, make_backup
 from kanbu_backup_dagster.backup.manifest import Manifest, VerificationStatus
 from kanbu_backup_dagster.backup.reading import content, prove
 from kanbu_backup_dagster.backup.recipe import Recipe
+from kanbu_backup_dagster.cli.backups import storage_mark
 from kanbu_backup_dagster.errors import KanbuError, SourceError, StorageError
 from kanbu_backup_dagster.orchestration import backup_ops
 from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
@@ -239,9 +241,16 @@ def test_a_storage_whose_mark_is_gone_is_refused_and_marked_again_only_on_purpos
     outcome = run_job("database_backup")
     assert isinstance(outcome.error, StorageError)
     assert str(outcome.error).startswith("Storage not accessible")
-    assert "Is the volume mounted?" in str(outcome.error)
+    assert "Is the right volume mounted?" in str(outcome.error)
     assert list(store.iterdir()) == []
+    # Another storage in its place is no better, until somebody says that it is meant.
     FolderStorage(store).mark()
+    for job in ("database_backup", "sync_catalog"):
+        outcome = run_job(job)
+        assert isinstance(outcome.error, StorageError)
+        assert "bears the mark of another storage" in str(outcome.error)
+    accepted = CliRunner().invoke(storage_mark)
+    assert accepted.exit_code == 0, accepted.output
     run_backup()
 
 

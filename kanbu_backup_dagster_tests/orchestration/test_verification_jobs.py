@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dagster import AssetCheckKey, AssetKey, DagsterInstance
 
 from kanbu_backup_dagster.backup.environment import load_environment
-from kanbu_backup_dagster.backup.manifest import VerificationStatus
+from kanbu_backup_dagster.backup.manifest import Verification, VerificationStatus
+from kanbu_backup_dagster.backup.verification import verify
 from kanbu_backup_dagster.definitions import build_definitions
 from kanbu_backup_dagster.errors import EncryptionKeyError
+from kanbu_backup_dagster.orchestration import verify_ops
 from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
 from kanbu_backup_dagster_tests.backups import DUMP, Bytes, store_backup
 
@@ -82,3 +85,19 @@ def test_verdicts_reach_the_manifest_and_dagster(configure: Configure, monkeypat
     refused = verify_one(other)
     assert isinstance(refused.error, EncryptionKeyError)
     assert known_verdicts()[other] == "SUCCEEDED"
+
+
+def test_a_file_that_is_pruned_meanwhile_is_not_bad(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = configure()
+    first, second = (store_backup(store).filename for _ in range(2))
+
+    def verify_while_the_other_goes(*arguments: Any, **options: Any) -> Verification:
+        """The moment between the listing and a file's turn cannot be met by chance."""
+        load_environment().storage.delete(second)
+        return verify(*arguments, **options)
+
+    monkeypatch.setattr(verify_ops, "verify", verify_while_the_other_goes)
+    outcome = run_job("verify_pending_backups")
+    assert outcome.success, outcome.errors
+    assert (outcome.said["verified"], outcome.said["failed"], outcome.said["waiting"]) == (1, 0, 0)
+    assert status(first) is VerificationStatus.VERIFIED

@@ -121,9 +121,14 @@ def test_it_is_marked_once_and_known_by_its_mark(place: Place, storage: Storage)
     assert place.open().prepare(known_mark=mark) == mark
     assert place.held() == {}, "preparing leaves nothing"
     (place.folder / MARK_NAME).unlink()
-    with pytest.raises(StorageError, match=r"^Storage not accessible: .*Is the volume mounted\?"):
+    with pytest.raises(StorageError, match=r"^Storage not accessible: .* bears no mark .*right volume mounted\?"):
         place.open().prepare(known_mark=mark)
-    assert place.open().prepare() != mark
+    other = place.open().prepare()
+    assert other != mark
+    with pytest.raises(StorageError, match=r"^Storage not accessible: .* mark of another .*right volume") as refused:
+        place.open().prepare(known_mark=mark)
+    assert "kanbu-backup storage mark" in refused.value.advice
+    assert place.open().prepare(known_mark=other) == other
 
 
 def test_too_little_room_is_said_before(storage: Storage) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from kanbu_backup_dagster.backup.catalog import Catalog
 from kanbu_backup_dagster.backup.keys import Keyring, derive_key
-from kanbu_backup_dagster.backup.manifest import SourceFacts, Verification, VerificationStatus
+from kanbu_backup_dagster.backup.manifest import Manifest, SourceFacts, Verification, VerificationStatus
 from kanbu_backup_dagster.backup.stages import encrypt
 from kanbu_backup_dagster.backup.verification import verify
 from kanbu_backup_dagster.errors import BackupNotFoundError, EncryptionKeyError
@@ -123,6 +123,47 @@ def test_a_verdict_is_recorded_and_sealed(tmp_path: Path) -> None:
     (tmp_path / name).unlink()
     with pytest.raises(BackupNotFoundError):
         catalog.record_verdict(backup, judge_missing())
+
+
+def test_no_verdict_is_taken_away_by_one_that_is_none(tmp_path: Path) -> None:
+    name = store_backup(tmp_path).filename
+    catalog = Catalog(FolderStorage(tmp_path), KEYS)
+    pending = Verification(status=VerificationStatus.PENDING, detail="on its way")
+    assert catalog.record_verdict(catalog.get(name), pending)
+    assert catalog.get(name).verification == pending
+    for known in (judge(tmp_path, name), judge_missing()):
+        assert catalog.record_verdict(catalog.get(name), known)
+        assert not catalog.record_verdict(catalog.get(name), pending)
+        assert catalog.get(name).verification == known
+
+
+def test_a_manifest_that_appears_meanwhile_is_amended_and_not_written_over(tmp_path: Path) -> None:
+    name = store_backup(tmp_path).filename
+    content = (tmp_path / f"{name}.manifest.json").read_bytes()
+    (tmp_path / f"{name}.manifest.json").unlink()
+
+    class AdoptedMeanwhile(FolderStorage):
+        """Between the first look at the manifest and the second one it is written."""
+
+        def read_sidecar(self, name: str) -> bytes | None:
+            found = super().read_sidecar(name)
+            if found is None:
+                self.replace_sidecar(name, content)
+            return found
+
+    others, storage = Catalog(FolderStorage(tmp_path), KEYS), AdoptedMeanwhile(tmp_path)
+    changes = []
+
+    def prove(manifest: Manifest) -> Manifest:
+        if not changes:
+            others.amend(name, lambda theirs: theirs.model_copy(update={"held": True}))
+        changes.append(manifest)
+        return manifest.model_copy(update={"proven_at": manifest.created_at})
+
+    Catalog(storage, KEYS).amend(name, prove)
+    amended = others.get(name).manifest
+    assert amended is not None
+    assert (amended.held, amended.proven_at) == (True, amended.created_at)
 
 
 def judge_missing() -> Verification:
