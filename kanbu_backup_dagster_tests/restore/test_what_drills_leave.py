@@ -101,6 +101,17 @@ def test_a_killed_drill_takes_its_server_with_it_and_the_next_one_removes_its_da
     assert homes() == {}
 
 
+def test_a_server_that_outlived_its_owner_all_the_same_is_ended(temporary_folder: Path) -> None:
+    """As where the system does not tell a process that its parent has died."""
+    folder = temporary_folder / "kanbu-postgres-outlived"
+    server = EmbeddedPostgres.start(folder, durable=False)
+    assert EmbeddedPostgres.remove_leftovers(temporary_folder) == [], "it never had an owner"
+    (folder / ".owner").touch()
+    assert EmbeddedPostgres.remove_leftovers(temporary_folder) == [folder]
+    assert processes_of(server.home) == []
+    assert (folder.exists(), server.home.exists()) == (False, False)
+
+
 def test_a_folder_that_is_not_ours_alone_is_left_alone(open_tmp_path: Path) -> None:
     kept = open_tmp_path / "kept"
     kept.mkdir()
