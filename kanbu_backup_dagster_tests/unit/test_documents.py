@@ -23,7 +23,8 @@ def table_rows(document: str) -> list[list[str]]:
 
 
 def test_readme_has_every_variable_with_its_default() -> None:
-    documented = {row[0].strip("`"): row[1].strip("`") for row in table_rows("README.md") if row[0].startswith("`")}
+    rows = [row for row in table_rows("README.md") if re.fullmatch("`[A-Z_]+`", row[0])]
+    documented = {row[0].strip("`"): row[1].strip("`") for row in rows}
     actual = {}
     for field in Settings.model_fields.values():
         default = field.default.value if isinstance(field.default, Enum) else field.default
