@@ -129,9 +129,14 @@ class DrillPart(_Part):
 
 
 class VerificationPart(_Part):
-    """A backup that is not what was written. `checksum` is the one on record."""
+    """A backup that is not what was written. `checksum` is the one on record.
 
-    type: BackupType
+    Attributes:
+        type: None where several were to be verified, and none could be.
+        filename: None where the verification itself could not be done.
+    """
+
+    type: BackupType | None = None
     filename: Text | None = None
     file_size: Count | None = None
     is_encrypted: bool | None = None

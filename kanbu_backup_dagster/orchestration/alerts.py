@@ -310,7 +310,7 @@ def _take_in(state: Alerts, ended: EndedRun, configuration: Configuration, setti
         elif counts_for is not None:
             state.successes[counts_for] = Success(at=ended.at, backup=completed.backup)
     pause = settings.retry_after_seconds
-    if pause and _deserves_another(ended):
+    if pause and ended.schedule is not None and _deserves_another(ended):
         state.second_attempts.append(
             SecondAttempt(
                 run_id=ended.run.run_id,
@@ -318,8 +318,7 @@ def _take_in(state: Alerts, ended: EndedRun, configuration: Configuration, setti
                 due_at=ended.at + timedelta(seconds=pause),
                 tags={
                     tags.TRIGGER: Trigger.SCHEDULED.value,
-                    tags.SCHEDULE_ID: ended.run.tags[tags.SCHEDULE_ID],
-                    tags.SCHEDULE_NAME: ended.run.tags.get(tags.SCHEDULE_NAME, ""),
+                    **tags.schedule_tags(ended.schedule.id, ended.schedule.name),
                     tags.SECOND_ATTEMPT_OF: ended.run.run_id,
                 },
                 instead=[event.to_record() for event in events],
@@ -359,7 +358,6 @@ def _deserves_another(ended: EndedRun) -> bool:
     return (
         ended.run.job_name in BACKUP_JOBS
         and given.get(tags.TRIGGER) == Trigger.SCHEDULED.value
-        and tags.SCHEDULE_ID in given
         and tags.SECOND_ATTEMPT_OF not in given
         and ended.may_pass
     )

@@ -19,7 +19,7 @@ from kanbu_backup_dagster.backup.manifest import Trigger, VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.backup.recipe import Recipe
 from kanbu_backup_dagster.backup.stages import GCM_LIMIT_BYTES
-from kanbu_backup_dagster.errors import StorageError
+from kanbu_backup_dagster.errors import KanbuError, StorageError
 from kanbu_backup_dagster.orchestration.assets import (
     backup_metadata,
     database_observation,
@@ -34,12 +34,11 @@ from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.run_scope import RunScope
 from kanbu_backup_dagster.orchestration.tags import (
     RESTORE_DATABASE,
-    SCHEDULE_ID,
-    SCHEDULE_NAME,
     SETTLING,
     SETTLING_FILE,
     TRIGGER,
     WAITING,
+    schedule_of,
 )
 from kanbu_backup_dagster.orchestration.verify_ops import judge, tell_verdict
 from kanbu_backup_dagster.schedule_file import load_schedule_file
@@ -68,17 +67,15 @@ class StoredBackup:
 
 def origin_of(context: OpExecutionContext, settings: Settings) -> Origin:
     """What started this run, by its tags, and its schedule's policy."""
-    tags = context.run.tags
-    schedule_id = tags.get(SCHEDULE_ID)
-    row = load_schedule_file(settings.config_file).schedule(int(schedule_id)) if schedule_id else None
+    schedule_id, schedule_name = schedule_of(context.run.tags) or (None, None)
+    row = load_schedule_file(settings.config_file).schedule(schedule_id) if schedule_id is not None else None
+    trigger = context.run.tags.get(TRIGGER, Trigger.MANUAL.value)
+    if trigger not in {one.value for one in Trigger}:
+        raise KanbuError(f"The run's tag {TRIGGER} is {trigger!r}.", advice=f"Leave it out: {Trigger.MANUAL.value}.")
     return Origin(
-        trigger=(
-            Trigger.PRE_RESTORE
-            if context.job_name == RESTORE_DATABASE
-            else Trigger(tags.get(TRIGGER, Trigger.MANUAL.value))
-        ),
-        schedule_id=int(schedule_id) if schedule_id else None,
-        schedule_name=tags.get(SCHEDULE_NAME),
+        trigger=Trigger.PRE_RESTORE if context.job_name == RESTORE_DATABASE else Trigger(trigger),
+        schedule_id=schedule_id,
+        schedule_name=schedule_name,
         retention=row.policy if row is not None else None,
         run_id=context.run_id,
     )

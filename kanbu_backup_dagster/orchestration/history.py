@@ -43,15 +43,15 @@ def history(instance: DagsterInstance, *, limit: int, job: str | None = None) ->
 def _row(instance: DagsterInstance, record: RunRecord) -> RunRow:
     run = record.dagster_run
     file, error = _told(instance, run.run_id)
-    number = run.tags.get(tags.SCHEDULE_ID, "")
+    schedule_id, schedule = tags.schedule_of(run.tags) or (None, None)
     begun = record.start_time
     return RunRow(
         run_id=run.run_id,
         job=run.job_name,
         started_at=datetime.fromtimestamp(begun, timezone.utc).isoformat(timespec="seconds") if begun else None,
         trigger=run.tags.get(tags.TRIGGER, "manual"),
-        schedule_id=int(number) if number.isdecimal() else None,
-        schedule=run.tags.get(tags.SCHEDULE_NAME),
+        schedule_id=schedule_id,
+        schedule=schedule,
         status=run.status.value.lower(),
         duration_s=round(record.end_time - begun, 3) if begun and record.end_time else None,
         file=run.tags.get(tags.FILE) or file,

@@ -38,7 +38,7 @@ from kanbu_backup_dagster.orchestration.register import Register
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.run_scope import RunScope
 from kanbu_backup_dagster.orchestration.schedules import UNFINISHED
-from kanbu_backup_dagster.orchestration.tags import FILE, SCHEDULE_ID, SCHEDULE_NAME
+from kanbu_backup_dagster.orchestration.tags import FILE, schedule_of
 from kanbu_backup_dagster.orchestration.target_lock import STORAGE_PATIENCE_SECONDS, storage_name
 from kanbu_backup_dagster.orchestration.telling import told
 from kanbu_backup_dagster.orchestration.verify_ops import observe_counts
@@ -161,10 +161,10 @@ def _delete(
 def _event(context: OpExecutionContext, done: _Done) -> PruneHeld:
     brake, plan = done.planned.brake, done.planned.plan
     assert brake is not None
-    number = context.run.tags.get(SCHEDULE_ID)
+    schedule = schedule_of(context.run.tags)
     return PruneHeld(
         key=f"{context.run_id}/{plan.backup_type.value}",
-        schedule=ScheduleRef(id=int(number), name=context.run.tags.get(SCHEDULE_NAME, "")) if number else None,
+        schedule=ScheduleRef(id=schedule[0], name=schedule[1]) if schedule is not None else None,
         timestamp=datetime.now(timezone.utc),
         prune=PrunePart(
             type=plan.backup_type,
@@ -225,7 +225,7 @@ def prune(
             )
             observe_counts(context, loaded, stored.type)
             return
-        if SCHEDULE_ID not in context.run.tags and not config.without_schedule:
+        if schedule_of(context.run.tags) is None and not config.without_schedule:
             context.log.info("[Prune] A backup of no schedule: nothing is deleted.")
             observe_counts(context, loaded, stored.type)
             return

@@ -26,6 +26,7 @@ from dagster import (
 )
 from pydantic import Field
 
+from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.environment import Environment
 from kanbu_backup_dagster.backup.landing import Progress
 from kanbu_backup_dagster.errors import KanbuError
@@ -80,6 +81,15 @@ class RestoreConfig(Config):
     create_missing_roles: bool = Field(
         False, description="Create roles that the backup needs and the server lacks, unable to log in."
     )
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """What was loaded, and the file it came from: once the swap is done, nothing is asked that could fail."""
+
+    loaded: Loaded
+    backup: Backup
+    path: str
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,7 @@ def load(
         _take_part(context, plan, loaded, run_scope)
         if doubt := _doubt(saved):
             context.log.warning(f"[Restore] {doubt}")
-        backup, _ = find_backup(plan.request, loaded.storage, loaded.keys)
+        backup, storage = find_backup(plan.request, loaded.storage, loaded.keys)
         verifying = reporter(context, "verifying", of="Restore")
         compressed = backup.manifest.compressed_bytes if backup.manifest else backup.file.size
         result = load_staging(
@@ -184,9 +194,10 @@ def load(
             on_progress=reporter(context, "loading", of="Restore"),
             tell=lambda line: context.log.info(f"[Restore] {line}"),
         )
+        path = storage.path(backup.filename)
     context.log.info(f"[Restore] Loaded {result.sql_bytes:,} bytes of SQL in {result.seconds:.1f} s")
     context.add_output_metadata({"sql_bytes": result.sql_bytes, "load_seconds": round(result.seconds, 3)})
-    return Timed(result, time.monotonic() - begun)
+    return Timed(FromFile(result, backup, path), time.monotonic() - begun)
 
 
 def _pre_restore_backup(saved: list[Any]) -> StoredBackup | None:
@@ -216,7 +227,7 @@ def check(
     with explained():
         loaded = environment.load()
         _take_part(context, plan, loaded, run_scope)
-        checked = check_staging(plan, loaded.settings, loaded.storage, loaded.keys, loading.result)
+        checked = check_staging(plan, loaded.settings, loaded.storage, loaded.keys, loading.result.loaded)
     for remark in checked.remarks:
         context.log.warning(f"[Restore] As in the backup: {remark}")
     rows = sum(checked.rows.values())
@@ -266,12 +277,9 @@ def report(
     loading: Timed,
     checking: Timed,
     swapping: Timed,
-    environment: BackupEnvironment,
 ) -> None:
-    with explained():
-        loaded = environment.load()
-        backup, storage = find_backup(plan.request, loaded.storage, loaded.keys)
-    done: Loaded = loading.result
+    source: FromFile = loading.result
+    backup, done = source.backup, source.loaded
     checked: Checked = checking.result
     swapped: Swapped = swapping.result
     manifest = backup.manifest
@@ -280,7 +288,7 @@ def report(
     metadata: dict[str, Any] = {
         "file": MetadataValue.text(backup.filename),
         "backup": MetadataValue.asset(DATABASE_BACKUP),
-        "path": MetadataValue.path(storage.path(backup.filename)),
+        "path": MetadataValue.path(source.path),
         "target": MetadataValue.text(plan.target),
         "server": MetadataValue.text(plan.server.access.description),
         "server_version": MetadataValue.text(plan.server.version),

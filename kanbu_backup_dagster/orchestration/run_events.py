@@ -104,10 +104,8 @@ class EndedRun:
     @property
     def schedule(self) -> ScheduleRef | None:
         """The schedule it ran for."""
-        number = self.run.tags.get(tags.SCHEDULE_ID, "")
-        if not number.isdecimal():
-            return None
-        return ScheduleRef(id=int(number), name=self.run.tags.get(tags.SCHEDULE_NAME, f"schedule {number}"))
+        schedule = tags.schedule_of(self.run.tags)
+        return ScheduleRef(id=schedule[0], name=schedule[1]) if schedule is not None else None
 
     @property
     def may_pass(self) -> bool:
@@ -217,7 +215,9 @@ def events_of(ended: EndedRun, *, encrypts: bool | None = None) -> list[Event]:
     elif job == "prune_backups" and not ended.succeeded and "prune.held" not in known:
         events.append(_held(ended, None))
     elif job in _VERIFY_JOBS and not ended.succeeded and "verification.failed" not in known:
-        part = VerificationPart(type=BackupType.DATABASE, filename=_file(ended))
+        # No file was found to be bad: the verification itself could not be done.
+        named = parse_name(_file(ended) or "")
+        part = VerificationPart(type=named.type if named is not None else None)
         events.append(VerificationFailed(**_common(ended), verification=part, error=ended.reason))
     if job != _DRILL_JOB:
         events += _failed_drills(ended)

@@ -106,11 +106,7 @@ def build_schedules(configuration: Configuration, jobs: Sequence[JobDefinition])
 
 def run_tags(row: Schedule) -> Mapping[str, str]:
     """The tags of the runs that `row` starts."""
-    return {
-        tags.TRIGGER: Trigger.SCHEDULED.value,
-        tags.SCHEDULE_ID: str(row.id),
-        tags.SCHEDULE_NAME: row.name,
-    }
+    return {tags.TRIGGER: Trigger.SCHEDULED.value, **tags.schedule_tags(row.id, row.name)}
 
 
 def describe(row: Schedule, configuration: Configuration, now: datetime) -> str:

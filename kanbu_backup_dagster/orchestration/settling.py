@@ -111,7 +111,7 @@ def _next_step(instance: DagsterInstance, environment: Environment, run: Dagster
         return settlement.reason
     backup = environment.catalog.get(filename)
     if backup.status is VerificationStatus.VERIFIED:
-        if tags.SCHEDULE_ID not in run.tags:
+        if (schedule := tags.schedule_of(run.tags)) is None:
             return _end(instance, run, "verified", tags.SETTLED)
         if list(_started(instance, run, tags.PRUNE_BACKUPS)):
             return _end(instance, run, "verified, and retention was started", tags.SETTLED)
@@ -122,7 +122,7 @@ def _next_step(instance: DagsterInstance, environment: Environment, run: Dagster
                 run_config={"ops": {"prune_all": {"config": {"type": backup.type.value}}}},
                 tags={
                     tags.SETTLED_FOR: run.run_id,
-                    **{name: run.tags[name] for name in (tags.SCHEDULE_ID, tags.SCHEDULE_NAME) if name in run.tags},
+                    **tags.schedule_tags(*schedule),
                 },
             )
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 TYPE = "kanbu/type"
 TRIGGER = "kanbu/trigger"
 SCHEDULE_ID = "kanbu/schedule_id"
@@ -25,3 +27,19 @@ VERIFY_BACKUP = "verify_backup"
 PRUNE_BACKUPS = "prune_backups"
 ROTATE_KEYS = "rotate_keys"
 SECOND_ATTEMPT_OF = "kanbu/second_attempt_of"
+
+# JSON's numbers are exact up to here, and no schedule file has more rows.
+_MOST_DIGITS = 15
+
+
+def schedule_tags(schedule_id: int, name: str) -> dict[str, str]:
+    """The tags of a run that a schedule started, or that was started for one."""
+    return {SCHEDULE_ID: str(schedule_id), SCHEDULE_NAME: name}
+
+
+def schedule_of(run_tags: Mapping[str, str]) -> tuple[int, str] | None:
+    """The schedule of a run, its id and name. Anybody may set tags by GraphQL: an id that can be none is none."""
+    number = run_tags.get(SCHEDULE_ID, "")
+    if not (number.isascii() and number.isdecimal() and len(number) <= _MOST_DIGITS):
+        return None
+    return int(number), run_tags.get(SCHEDULE_NAME, f"schedule {number}")

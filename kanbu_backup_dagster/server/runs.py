@@ -117,7 +117,7 @@ class DagsterRuns:
     async def launch(self, request: Request, backup_type: BackupType, schedule: Schedule | None) -> str:
         run_tags = {tags.TRIGGER: Trigger.EXTERNAL.value}
         if schedule is not None:
-            run_tags |= {tags.SCHEDULE_ID: str(schedule.id), tags.SCHEDULE_NAME: schedule.name}
+            run_tags |= tags.schedule_tags(schedule.id, schedule.name)
         answer = await self._ask(
             request,
             _LAUNCH,

@@ -351,6 +351,28 @@ def test_a_passing_failure_of_a_schedule_is_tried_once_more_before_it_is_told(
     assert receiver.events == ["backup.failed"] * 2
 
 
+def test_tags_that_say_nothing_hold_nobody_up(instance: DagsterInstance, receiver: Receiver) -> None:
+    """Anybody may set them by GraphQL."""
+    failed_run(instance, kanbu__schedule_id="9" * 30, kanbu__trigger="scheduled")
+    failed_run(instance, kanbu__schedule_id="one")
+    failed_run(instance)
+    tick(instance)
+    assert [one.event["schedule"] for one in receiver.accepted] == [None, None, None]
+    assert receiver.events == ["backup.failed"] * 3
+
+
+def test_a_verification_that_could_not_be_done_names_no_file(instance: DagsterInstance, receiver: Receiver) -> None:
+    """Of no file it is known that it is bad."""
+    [verify] = [one for one in JOBS if one.name == "verify_backup"]
+    name = "kanbu_source_2026-01-18T03-00-00.tar.gz"
+    run = instance.create_run_for_job(verify, run_config={"ops": {"verify_one": {"config": {"file": name}}}})
+    instance.report_run_failed(run)
+    tick(instance)
+    [told] = receiver.accepted
+    assert told.event["event"] == "verification.failed"
+    assert (told.event["verification"]["type"], told.event["verification"]["filename"]) == ("source", None)
+
+
 def test_a_second_attempt_that_nobody_starts_is_told_instead(
     instance: DagsterInstance, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

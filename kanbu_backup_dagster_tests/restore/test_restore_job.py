@@ -23,6 +23,7 @@ from kanbu_backup_dagster.backup.manifest import Trigger, VerificationStatus
 from kanbu_backup_dagster.cli.inspect import status
 from kanbu_backup_dagster.cli.restore import restore
 from kanbu_backup_dagster.errors import BusyError, KanbuError, RestoreError, StorageError
+from kanbu_backup_dagster.orchestration import restore_ops
 from kanbu_backup_dagster.orchestration.dagster_home import open_instance
 from kanbu_backup_dagster.orchestration.jobs import JOBS
 from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
@@ -127,6 +128,23 @@ def test_a_restore_that_fails_ends_in_failure_and_leaves_all_as_it_was(bench: Be
         assert run is not None
         assert run.status is DagsterRunStatus.FAILURE
         assert instance.get_latest_materialization_event(AssetKey("restored_database")) is None
+
+
+def test_once_the_name_is_swapped_a_storage_that_goes_away_fails_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = bench.backup().filename
+    swap = restore_ops.swap_in
+
+    def then_away(*arguments: Any) -> Any:
+        swapped = swap(*arguments)
+        bench.storage_folder.rename(bench.storage_folder.with_name("away"))
+        return swapped
+
+    monkeypatch.setattr(restore_ops, "swap_in", then_away)
+    outcome = run_restore(bench, file)
+    assert outcome.success, outcome.errors
+    assert outcome.report["path"] == str(bench.storage_folder / file)
 
 
 def test_a_new_database_needs_no_pre_restore_backup_and_drop_replaced_keeps_none(bench: Bench) -> None:
