@@ -19,10 +19,12 @@ import secrets
 import stat
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 
 from kanbu_backup_dagster.errors import StorageError
@@ -37,6 +39,8 @@ _NETWORK_LEFTOVER_SECONDS = 2 * 24 * 3600
 _FLUSH_EVERY_BYTES = 32 << 20
 # Of offsets and lengths with O_DIRECT: no device has larger sectors.
 _DIRECT_ALIGNMENT = 4096
+# Chunks on their way from the medium while one is worked on: one alone leaves a disk idle in between.
+_READ_AHEAD = 3
 _NO_HARD_LINKS = {errno.EPERM, errno.EIO, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -467,16 +471,21 @@ def _direct(handle: int, chunk_bytes: int) -> Iterator[bytes]:
     """Read a file opened with O_DIRECT, and close it."""
     with ExitStack() as stack:
         stack.callback(os.close, handle)
-        buffer = stack.enter_context(mmap.mmap(-1, chunk_bytes))  # memory at a page's start, as the kernel wants it
+        # Memory at a page's start, as the kernel wants it.
+        buffers = [stack.enter_context(mmap.mmap(-1, chunk_bytes)) for _ in range(_READ_AHEAD)]
 
-        def block() -> bytes:
-            return buffer[: os.readv(handle, [buffer])]
+        def block(number: int) -> bytes:
+            buffer = buffers[number % _READ_AHEAD]
+            return buffer[: os.preadv(handle, [buffer], number * chunk_bytes)]
 
-        # Nobody reads ahead of such a reader, so it does so itself: a chunk is read while the last one is worked on.
-        ahead = stack.enter_context(ThreadPoolExecutor(1, "read-ahead"))
-        pending = ahead.submit(block)
-        while chunk := pending.result():
-            pending = ahead.submit(block)
+        # Nobody reads ahead of such a reader, so it does so itself. A buffer is used again once its chunk was taken.
+        ahead = stack.enter_context(ThreadPoolExecutor(_READ_AHEAD, "read-ahead"))
+        pending = deque(ahead.submit(block, number) for number in range(_READ_AHEAD))
+        for number in count(_READ_AHEAD):
+            chunk = pending.popleft().result()
+            if not chunk:
+                return
+            pending.append(ahead.submit(block, number))
             yield chunk
 
 
