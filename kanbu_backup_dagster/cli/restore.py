@@ -26,13 +26,19 @@ from kanbu_backup_dagster.settings import Settings
 
 @cli.command("restore")
 @click.argument("file")
-@click.option("--database-url", "url", help="The server and database, in place of DATABASE_URL.")
+@click.option(
+    "--database-url",
+    "url",
+    help="The server and database, in place of DATABASE_URL; others here can see a password in it.",
+)
 @click.option("--target-database", help="Another database of that server, new or existing.")
 @click.option("--into", help="Of a source backup: the empty or new folder it is extracted into.")
 @click.option("--yes", is_flag=True, help="Ask nothing; needs --confirm.")
 @click.option("--confirm", metavar="NAME", help="With --yes: the name of the database that is replaced.")
 @click.option(
-    "--force", is_flag=True, help="Accept a file that is not encrypted or has no manifest although a key is set."
+    "--force",
+    is_flag=True,
+    help="Accept a file that failed its last verification, or is not encrypted or has no manifest although a key is set.",
 )
 @click.option("--drop-replaced", is_flag=True, help="Drop the replaced database at once.")
 @click.option("--create-roles", is_flag=True, help="Create missing roles that the backup needs, without login.")
