@@ -38,7 +38,7 @@ from kanbu_backup_dagster.settings import Settings
 @click.option(
     "--force",
     is_flag=True,
-    help="Accept a file that failed its last verification, or is not encrypted or has no manifest although a key is set.",
+    help="Accept a file that failed its last verification; with a key set, one not encrypted or without manifest.",
 )
 @click.option("--drop-replaced", is_flag=True, help="Drop the replaced database at once.")
 @click.option("--create-roles", is_flag=True, help="Create missing roles that the backup needs, without login.")
