@@ -60,6 +60,7 @@ def crons(serving: Serving) -> dict[str, str]:
     return {one["name"]: one["cronSchedule"] for one in serving.graphql(_SCHEDULES)["schedulesOrError"]["results"]}
 
 
+@pytest.mark.timeout(900)  # it lives through several minutes of the schedule's clock
 def test_a_service_left_alone(newest_postgres: PostgresForTest, receiver: Receiver) -> None:
     url = newest_postgres.database("CREATE TABLE held (id int);")
     name, other = newest_postgres.database_name(url), newest_postgres.database()
