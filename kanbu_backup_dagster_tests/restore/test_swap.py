@@ -209,7 +209,8 @@ def test_killed_in_the_middle_of_the_swap_the_live_database_is_there_and_open(be
             begun = time.monotonic()
             with closing(psycopg2.connect(bench.url, connect_timeout=10)):
                 pass
-            assert time.monotonic() - begun < 3
+            # A session in a container may outlive us for moments; a rename gives up after five seconds by itself.
+            assert time.monotonic() - begun < 8
     assert oid(bench) == live
     assert bench.dump() == before
     assert staging in bench.databases()
