@@ -1,4 +1,4 @@
-"""`make bench`: run the benchmarks named in the arguments (default: all) and write `results.md` and `results.svg`."""
+"""`make bench`: run the benchmarks named in the arguments (default: all) and write a page and a plot of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt  # the backend is chosen first
 
 FOLDER = Path(__file__).parent
-_SHARED = {"__main__", "measuring", "board"}
+_SHARED = {"__main__", "measuring", "board", "jobs"}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.board import board, grow
-from benchmarks.database import JobBench
+from benchmarks.jobs import fresh_job, prepare_environment
 from benchmarks.measuring import Report, peak_mb
 from kanbu_backup_dagster.backup.environment import load_environment
 
@@ -18,10 +18,10 @@ def run() -> list[Report]:
     """The peak of the worker's process at each of `GIGABYTES`."""
     report = Report("Peak memory of the worker", ("dump", "stored", "peak resident memory"))
     with tempfile.TemporaryDirectory(prefix="kanbu-bench-") as folder, board(GIGABYTES[0]) as (server, url):
-        bench = JobBench(Path(folder), server, url)
+        prepare_environment(Path(folder), DATABASE_URL=url, BACKUP_PG_MODE="direct")
         for size in GIGABYTES:
             grow(server, "kanbu", size)
-            peak = peak_mb(bench.fresh_job())
+            peak = peak_mb(fresh_job("database_backup"))
             (backup,) = load_environment().catalog.backups()
             assert backup.manifest is not None
             sizes = (backup.manifest.raw_bytes, backup.manifest.stored_bytes)

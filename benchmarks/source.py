@@ -5,29 +5,15 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
-from dagster import DagsterEventType, DagsterInstance
-
+from benchmarks.jobs import fresh_job, prepare_environment, step_seconds
 from benchmarks.measuring import RATIO_HEADER, Report, interleaved, peak_mb, seconds_of
-from kanbu_backup_dagster.orchestration.dagster_home import ensure_home
 
 FILES = int(os.environ.get("KANBU_BENCH_FILES", "100000"))
 GIGABYTES = float(os.environ.get("KANBU_BENCH_GB", "2"))
 MEMORY_GIGABYTES = sorted(float(size) for size in os.environ.get("KANBU_BENCH_MEMORY_GB", "0.1,1,4").split(","))
-_JOB = [
-    sys.executable,
-    "-m",
-    "dagster",
-    "job",
-    "execute",
-    "-m",
-    "kanbu_backup_dagster.definitions",
-    "-j",
-    "source_backup",
-]
 _BLOCK = 1 << 20
 
 
@@ -36,11 +22,7 @@ def run() -> list[Report]:
     memory = Report("Peak memory of the worker", ("tree", "peak resident memory"))
     with tempfile.TemporaryDirectory(prefix="kanbu-bench-") as name:
         folder = Path(name)
-        os.environ |= {
-            "BACKUP_LOCAL_PATH": str(folder / "store"),
-            "BACKUP_ENCRYPTION_KEY": "a benchmark's passphrase",
-            "DAGSTER_HOME": str(folder / "dagster"),
-        }
+        prepare_environment(folder)
         many, large = folder / "many", folder / "large"
         _grow_many(many)
         reports = [_against_tar(many, f"{FILES:,} small files", 0.60)]
@@ -81,16 +63,8 @@ def _grow_large(top: Path, gigabytes: float) -> None:
             file.write(chance.choice(blocks))
 
 
-def _fresh_job() -> list[str]:
-    """The job's command, for a Dagster home and a storage that hold nothing yet."""
-    for variable in ("BACKUP_LOCAL_PATH", "DAGSTER_HOME"):
-        shutil.rmtree(os.environ[variable], ignore_errors=True)
-    ensure_home()
-    return _JOB
-
-
 def _peak() -> str:
-    return f"{peak_mb(_fresh_job()):.0f} MB"
+    return f"{peak_mb(fresh_job('source_backup')):.0f} MB"
 
 
 def _against_tar(tree: Path, what: str, bound: float) -> Report:
@@ -98,8 +72,8 @@ def _against_tar(tree: Path, what: str, bound: float) -> Report:
     streamed: list[float] = []
 
     def job() -> float:
-        seconds = seconds_of(_fresh_job())
-        streamed.append(_step_seconds("archive") + _step_seconds("store"))
+        seconds = seconds_of(fresh_job("source_backup"))
+        streamed.append(step_seconds("archive") + step_seconds("store"))
         return seconds
 
     archive = tree.parent / "archive.tar.gz"
@@ -110,15 +84,3 @@ def _against_tar(tree: Path, what: str, bound: float) -> Report:
     whole, other = seconds["dagster job execute"], seconds["tar | gzip -6"]
     report.ratio(f"the whole process, verified, {what}", "`tar \\| gzip -6`", whole, other, bound)
     return report
-
-
-def _step_seconds(step: str) -> float:
-    """How long a step of the last run took, by Dagster's own record."""
-    with DagsterInstance.get() as instance:
-        (run,) = instance.get_runs()
-        moments = {
-            event.dagster_event_type: event.timestamp
-            for event in instance.all_logs(run.run_id)
-            if event.step_key == step and event.dagster_event_type
-        }
-    return moments[DagsterEventType.STEP_SUCCESS] - moments[DagsterEventType.STEP_START]

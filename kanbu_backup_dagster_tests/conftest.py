@@ -19,6 +19,7 @@ from kanbu_backup_dagster.orchestration.dagster_home import open_instance
 from kanbu_backup_dagster_tests.docker_engine import IMAGE_MAJOR, DockerEngine, missing_for_an_engine
 from kanbu_backup_dagster_tests.real_docker import ContainerPostgres
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest, PostgresServers, available_majors
+from kanbu_backup_dagster_tests.receiver import Receiver
 
 REAL_REQUIRED = os.environ.get("KANBU_REQUIRE_REAL", str(int(os.environ.get("CI") == "true"))) == "1"
 
@@ -215,6 +216,15 @@ def direct_mode(newest_postgres: PostgresForTest, monkeypatch: pytest.MonkeyPatc
     """A real PostgreSQL server, and an environment that asks for direct mode to reach it."""
     monkeypatch.setenv("BACKUP_PG_MODE", "direct")
     return newest_postgres
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """A webhook receiver that is up."""
+    one = Receiver()
+    one.start()
+    yield one
+    one.stop()
 
 
 EACH_MODE = ("direct_mode", pytest.param("docker_mode", marks=pytest.mark.real("docker")))

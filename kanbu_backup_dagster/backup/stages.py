@@ -25,6 +25,7 @@ IV_BYTES = 16
 TAG_BYTES = 16
 # NIST SP 800-38D, section 5.2.1.1: at most 2^39 - 256 bits of plaintext under one IV.
 GCM_LIMIT_BYTES = (1 << 36) - 32
+GCM_LIMIT_ADVICE = "Raise BACKUP_COMPRESSION_LEVEL, or back up without BACKUP_ENCRYPTION_KEY to an encrypted disk."
 _GZIP_WINDOW = 31
 _ISAL_MEMORY_LEVEL = 9
 _BLOCK_BYTES = 1 << 20
@@ -153,7 +154,7 @@ def encrypt(chunks: Iterator[bytes], key: EncryptionKey, *, limit_bytes: int = G
         if total > limit_bytes:
             raise KanbuError(
                 f"The compressed backup exceeds {limit_bytes:,} bytes, the most that AES-GCM can protect in one file.",
-                advice="Raise BACKUP_COMPRESSION_LEVEL, or back up without BACKUP_ENCRYPTION_KEY to an encrypted disk.",
+                advice=GCM_LIMIT_ADVICE,
             )
         yield encryptor.update(chunk)
     yield encryptor.finalize() + encryptor.tag

@@ -18,7 +18,7 @@ from kanbu_backup_dagster.backup.landing import Origin, Progress, expected_store
 from kanbu_backup_dagster.backup.manifest import Trigger, VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.backup.recipe import Recipe
-from kanbu_backup_dagster.backup.stages import GCM_LIMIT_BYTES
+from kanbu_backup_dagster.backup.stages import GCM_LIMIT_ADVICE, GCM_LIMIT_BYTES
 from kanbu_backup_dagster.errors import KanbuError, StorageError
 from kanbu_backup_dagster.orchestration.assets import (
     backup_metadata,
@@ -186,8 +186,7 @@ def store(
         if recipe.encryption is not None and needed > _NEAR_LIMIT * GCM_LIMIT_BYTES:
             context.log.warning(
                 f"[Backup] About {needed:,} bytes are expected, and AES-GCM protects no more than {GCM_LIMIT_BYTES:,} "
-                "in one file: a backup that grows past that fails there. Raise BACKUP_COMPRESSION_LEVEL, or back up "
-                "without BACKUP_ENCRYPTION_KEY to an encrypted disk."
+                f"in one file: a backup that grows past that fails there. {GCM_LIMIT_ADVICE}"
             )
         for leftover in prepare_storage(context.instance, loaded.storage, needed_bytes=needed):
             context.log.warning(f"[Backup] Removed what a killed run left: {leftover}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,14 +24,6 @@ _RUNS = "{ runsOrError { ... on Runs { results { runId status jobName tags { key
 _SCHEDULES = """
 { schedulesOrError(repositorySelector: {repositoryName: "__repository__", repositoryLocationName: "kanbu_backup"}) {
     ... on Schedules { results { name cronSchedule } } } }"""
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    one = Receiver()
-    one.start()
-    yield one
-    one.stop()
 
 
 def eventually(what: str, holds: Callable[[], Any], seconds: float) -> Any:

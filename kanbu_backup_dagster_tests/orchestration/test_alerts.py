@@ -66,14 +66,6 @@ notifications: {on_success: true}
 
 
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    one = Receiver()
-    one.start()
-    yield one
-    one.stop()
-
-
-@pytest.fixture
 def instance(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> Iterator[DagsterInstance]:
     monkeypatch.setenv("BACKUP_WEBHOOK_URL", receiver.url)
     monkeypatch.setenv("BACKUP_WEBHOOK_SECRET", "s3cret")

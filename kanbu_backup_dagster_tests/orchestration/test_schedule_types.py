@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,13 +26,10 @@ schedules:
 
 
 @pytest.fixture
-def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
-    one = Receiver()
-    one.start()
-    monkeypatch.setenv("BACKUP_WEBHOOK_URL", one.url)
+def receiver(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> Receiver:
+    monkeypatch.setenv("BACKUP_WEBHOOK_URL", receiver.url)
     Path("kanbu_backup.yaml").write_text(FILE)
-    yield one
-    one.stop()
+    return receiver
 
 
 def look_for_alerts() -> None:

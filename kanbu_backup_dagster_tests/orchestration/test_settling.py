@@ -61,14 +61,11 @@ def start(request: RunRequest) -> bool:
 
 
 @pytest.fixture
-def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
+def receiver(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> Receiver:
     """The webhook and the ping URL of the environment."""
-    one = Receiver()
-    one.start()
-    monkeypatch.setenv("BACKUP_WEBHOOK_URL", one.url)
-    monkeypatch.setenv("BACKUP_PING_URL", one.url)
-    yield one
-    one.stop()
+    monkeypatch.setenv("BACKUP_WEBHOOK_URL", receiver.url)
+    monkeypatch.setenv("BACKUP_PING_URL", receiver.url)
+    return receiver
 
 
 def tell() -> None:
