@@ -137,7 +137,7 @@ class Catalog:
         try:
             manifest = parse_manifest(file.name, content, self._keys)
             if manifest.rotation is not None:
-                with closing(self._storage.read(file.name, chunk_bytes=IV_BYTES)) as chunks:  # type: ignore[type-var]
+                with closing(self._storage.read(file.name, chunk_bytes=IV_BYTES, cached=True)) as chunks:  # type: ignore[type-var]
                     manifest = manifest.of_file_beginning(next(chunks, b""))
             return Backup(file, name, manifest)
         except CorruptBackupError as error:

@@ -2,6 +2,9 @@
 
 What belongs here: handing content on only when it was proven first. What does not: the verdict that is recorded
 (`verification`), and what content means.
+
+What is proven is what is handed on, so a second pass may have from the page cache what the first one left there: a file
+on a network is fetched once, where memory allows.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ def _read(backup: Backup, storage: Storage, keys: Keyring, update: Callable[[byt
     if backup.manifest is None and backup.problem is not None:
         raise CorruptBackupError(backup.problem)
     key = key_of(backup, storage, keys)
-    with closing(storage.read(backup.filename)) as stored:  # type: ignore[type-var]  # a generator can be closed
+    with closing(storage.read(backup.filename, cached=True)) as stored:  # type: ignore[type-var]  # a generator can be closed
         yield from hashed_beside(decrypt_unverified(stored, key) if key else stored, update)
 
 
@@ -95,7 +98,7 @@ def key_of(backup: Backup, storage: Storage, keys: Keyring) -> EncryptionKey | N
         return first
     for key in keys.all:
         try:
-            with closing(storage.read(backup.filename)) as stored:  # type: ignore[type-var]  # a generator can be closed
+            with closing(storage.read(backup.filename, cached=True)) as stored:  # type: ignore[type-var]  # a generator can be closed
                 deque(decrypt_unverified(stored, key), maxlen=0)
         except CorruptBackupError:
             continue

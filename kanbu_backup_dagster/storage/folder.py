@@ -37,6 +37,7 @@ SIDECAR_TEMPORARY = ".kanbu-sidecar-"
 # Another machine's locks cannot be seen on a network file system; what was not touched for this long is not in use.
 _NETWORK_LEFTOVER_SECONDS = 2 * 24 * 3600
 _FLUSH_EVERY_BYTES = 32 << 20
+_READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 # Of offsets and lengths with O_DIRECT: no device has larger sectors.
 _DIRECT_ALIGNMENT = 4096
 # Chunks on their way from the medium while one is worked on: one alone leaves a disk idle in between.
@@ -178,9 +179,12 @@ class FolderStorage:
                 return None
         return _stored_file(name, status) if stat.S_ISREG(status.st_mode) else None
 
-    def read(self, name: str, *, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
+    def read(self, name: str, *, chunk_bytes: int = 1 << 20, cached: bool = False) -> Iterator[bytes]:
         with self._translated("read"):
-            yield from _from_the_medium(self._entry(name), chunk_bytes, direct=not self._is_shared())
+            if cached:
+                yield from _buffered(self._entry(name), chunk_bytes, forget=False)
+            else:
+                yield from _from_the_medium(self._entry(name), chunk_bytes, direct=not self._is_shared())
 
     def read_sidecar(self, name: str) -> bytes | None:
         with self._translated("read"):
@@ -242,7 +246,7 @@ class FolderStorage:
         try:
             if older_than is not None and (self._folder / name).lstat().st_mtime > older_than:
                 return False
-            handle = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            handle = os.open(self._folder / name, _READING)
         except FileNotFoundError:
             return False
         try:
@@ -446,20 +450,28 @@ def _from_the_medium(path: Path, chunk_bytes: int, *, direct: bool) -> Iterator[
     Args:
         direct: Past the page cache where the file system can, which also leaves to others what is theirs in it.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
     if direct and chunk_bytes % _DIRECT_ALIGNMENT == 0:
         try:
-            handle = os.open(path, flags | os.O_DIRECT)
+            handle = os.open(path, _READING | os.O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:  # "the file system does not support O_DIRECT", open(2)
                 raise
         else:
             yield from _direct(handle, chunk_bytes)
             return
-    handle = os.open(path, flags)
+    yield from _buffered(path, chunk_bytes, forget=True)
+
+
+def _buffered(path: Path, chunk_bytes: int, *, forget: bool) -> Iterator[bytes]:
+    """Read through the page cache.
+
+    Args:
+        forget: Have the system forget the file first: it was synced, so its pages are clean and go.
+    """
+    handle = os.open(path, _READING)
     try:
-        # The file was synced, so its pages are clean and go.
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        if forget:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while chunk := os.read(handle, chunk_bytes):
             yield chunk

@@ -100,8 +100,13 @@ class Storage(Protocol):
     def find(self, name: str) -> StoredFile | None:
         """The file called `name`, if there is one."""
 
-    def read(self, name: str, *, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
-        """The file's bytes, as they are on the medium: not from a cache of this machine where that can be avoided."""
+    def read(self, name: str, *, chunk_bytes: int = 1 << 20, cached: bool = False) -> Iterator[bytes]:
+        """The file's bytes, as they are on the medium: not from a cache of this machine where that can be avoided.
+
+        Args:
+            cached: What this machine remembers of the file will do, and what is read is remembered for the next time:
+                for who looks at the bytes themselves, and not at whether the medium kept them.
+        """
 
     def read_sidecar(self, name: str) -> bytes | None:
         """The sidecar of the file `name`, or None when it has none."""

@@ -121,9 +121,9 @@ class RcloneStorage:
         file: StoredFile | None = self._worker().call("find", name)
         return file
 
-    def read(self, name: str, *, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
+    def read(self, name: str, *, chunk_bytes: int = 1 << 20, cached: bool = False) -> Iterator[bytes]:
         with self._new_worker() as worker:
-            worker.call("read", name, chunk_bytes=chunk_bytes)
+            worker.call("read", name, chunk_bytes=chunk_bytes, cached=cached)
             while chunk := worker.call("next"):
                 yield chunk
 

@@ -111,9 +111,10 @@ def test_files_of_any_size_are_read_whole(storage: Storage) -> None:
     for number, size in enumerate(sizes):
         content = os.urandom(size)
         name = put(storage, content, first=number)
-        chunks = list(storage.read(name))
-        assert b"".join(chunks) == content, size
-        assert all(chunks), size
+        for cached in (False, True):
+            chunks = list(storage.read(name, cached=cached))
+            assert b"".join(chunks) == content, (size, cached)
+            assert all(chunks), (size, cached)
 
 
 def test_it_is_marked_once_and_known_by_its_mark(place: Place, storage: Storage) -> None:

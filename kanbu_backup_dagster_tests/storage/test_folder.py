@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import multiprocessing
 import os
 import signal
@@ -242,6 +244,32 @@ def test_no_link_leads_out_of_the_folder(storage: FolderStorage, tmp_path: Path)
     assert storage.find("kanbu_0") is None
     with pytest.raises(StorageError, match="links are not followed"):
         storage.find("production/kanbu_0")
+
+
+def test_the_page_cache_is_left_alone_unless_it_is_asked_for(storage: FolderStorage) -> None:
+    """A check reads the medium, whatever is remembered; the two passes of a restore fetch a file once."""
+    name = put(storage, os.urandom(4 << 20))
+    if pages_in_memory(Path(storage.path(name)), forget=True):
+        pytest.skip("the file system of the temporary folder is one in memory")
+    assert sum(map(len, storage.read(name))) == 4 << 20
+    assert pages_in_memory(Path(storage.path(name))) == 0
+    assert sum(map(len, storage.read(name, cached=True))) == 4 << 20
+    assert pages_in_memory(Path(storage.path(name))) == (4 << 20) // mmap.PAGESIZE
+
+
+def pages_in_memory(path: Path, *, forget: bool = False) -> int:
+    """Of a file, by mincore(2)."""
+    with path.open("rb+") as file:
+        if forget:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with mmap.mmap(file.fileno(), 0) as mapped:
+            pages = (ctypes.c_ubyte * (len(mapped) // mmap.PAGESIZE))()
+            view = (ctypes.c_char * len(mapped)).from_buffer(mapped)
+            libc = ctypes.CDLL(None, use_errno=True)
+            failed = libc.mincore(ctypes.byref(view), ctypes.c_size_t(len(mapped)), pages)
+            del view
+    assert not failed, os.strerror(ctypes.get_errno())
+    return sum(page & 1 for page in pages)
 
 
 def test_many_writers_at_once_each_get_a_name(tmp_path: Path) -> None:
