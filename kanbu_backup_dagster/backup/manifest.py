@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hmac
 import json
+from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from typing import Annotated, Any
@@ -80,6 +81,68 @@ class StageReport(_Part):
     busy_seconds: float
 
 
+# Plain dataclasses: of a live database these may hold bytes that are no text in UTF-8, which a model refuses.
+@dataclass(frozen=True)
+class Locale:
+    """How a database orders and classifies text.
+
+    Attributes:
+        encoding: As PostgreSQL names it, e.g. `UTF8`.
+        collate, ctype: LC_COLLATE and LC_CTYPE.
+        provider: `libc`, `icu` or `builtin`.
+        name: The provider's own locale, where it is not libc.
+        rules: ICU's additional rules.
+    """
+
+    encoding: str
+    collate: str
+    ctype: str
+    provider: str
+    name: str | None = None
+    rules: str | None = None
+
+    @property
+    def description(self) -> str:
+        """For people."""
+        of_provider = f", {self.name} of {self.provider}" if self.name is not None else ""
+        return f"{self.collate} ({self.encoding}{of_provider})"
+
+
+@dataclass(frozen=True)
+class Grant:
+    """A privilege on a database. `grantee` None is everybody; `grantable`: it may be passed on."""
+
+    grantee: str | None
+    grantor: str
+    privilege: str
+    grantable: bool
+
+
+@dataclass(frozen=True)
+class RoleSettings:
+    """What `ALTER DATABASE ... SET` (`role` None) or `ALTER ROLE ... IN DATABASE ... SET` set, as `name=value`."""
+
+    role: str | None
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DatabaseProperties:
+    """What belongs to a database itself, and is in no plain dump of what is in it.
+
+    Attributes:
+        grants: None while they were never changed.
+        connection_limit: -1: none.
+    """
+
+    owner: str
+    locale: Locale
+    grants: tuple[Grant, ...] | None = None
+    settings: tuple[RoleSettings, ...] = ()
+    comment: str | None = None
+    connection_limit: int = -1
+
+
 class DatabaseFacts(_Part):
     """What was dumped, and what a restore will need.
 
@@ -93,6 +156,8 @@ class DatabaseFacts(_Part):
         roles: Roles that own something or are granted something in the dump.
         extensions: Installed extensions, name to version.
         rows: Rows per table, keyed by the dump's own qualified name (`public."Task"`), counted in the dump stream.
+        properties: For a restore where there is no such database any more; without parameters that have a dot in their
+            name, where applications keep secrets. None in older manifests.
     """
 
     name: str
@@ -104,6 +169,7 @@ class DatabaseFacts(_Part):
     roles: tuple[str, ...] = ()
     extensions: dict[str, str] = Field(default_factory=dict)
     rows: dict[str, int] = Field(default_factory=dict)
+    properties: DatabaseProperties | None = None
 
 
 class ExclusionFacts(_Part):

@@ -8,7 +8,7 @@ and the ops of the pre-restore backup, which are those of `database_backup`.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dagster import (
@@ -144,7 +144,7 @@ def validate(
         _take_part(context, plan, loaded, run_scope)
     for warning in plan.warnings:
         context.log.warning(f"[Restore] {warning}")
-    replaces = f"replaces the one of {plan.live.owner}" if plan.live else "does not exist yet"
+    replaces = f"replaces the one of {plan.live.properties.owner}" if plan.live else "does not exist yet"
     context.log.info(
         f"[Restore] {request.file} to the database {plan.target}, which {replaces}; {plan.server.access.description}"
     )
@@ -195,6 +195,8 @@ def load(
             tell=lambda line: context.log.info(f"[Restore] {line}"),
         )
         path = storage.path(backup.filename)
+    for remark in result.remarks:
+        context.log.warning(f"[Restore] {remark}")
     context.log.info(f"[Restore] Loaded {result.sql_bytes:,} bytes of SQL in {result.seconds:.1f} s")
     context.add_output_metadata({"sql_bytes": result.sql_bytes, "load_seconds": round(result.seconds, 3)})
     return Timed(FromFile(result, backup, path), time.monotonic() - begun)
@@ -253,6 +255,8 @@ def swap(
         loaded = environment.load()
         _take_part(context, plan, loaded, run_scope)
         swapped = swap_in(plan, loaded.settings)
+    for remark in swapped.remarks:
+        context.log.warning(f"[Restore] {remark}")
     away = "unknown" if swapped.downtime_seconds is None else f"{swapped.downtime_seconds * 1000:.0f} ms"
     context.log.info(f"[Restore] {plan.target} is the restored database; the name was away for {away}")
     kept = swapped.replaced
@@ -266,7 +270,7 @@ def swap(
         context.log.info(
             f"[Restore] What was replaced is kept as {kept} until {plan.target} has its first verified backup"
         )
-    return Timed(Swapped(kept, swapped.downtime_seconds), time.monotonic() - begun)
+    return Timed(replace(swapped, replaced=kept), time.monotonic() - begun)
 
 
 @op(description="Tells Dagster what was restored, from which file, over what.")
@@ -302,7 +306,9 @@ def report(
         "check_s": MetadataValue.float(round(checking.seconds, 3)),
         "swap_s": MetadataValue.float(round(swapping.seconds, 3)),
         "left_out": MetadataValue.json(list(done.left_out)),
-        "remarks": MetadataValue.json([*plan.warnings, *([doubt] if doubt else []), *checked.remarks]),
+        "remarks": MetadataValue.json(
+            [*plan.warnings, *([doubt] if doubt else []), *done.remarks, *checked.remarks, *swapped.remarks]
+        ),
         "run": MetadataValue.dagster_run(context.run_id),
     }
     if swapped.downtime_seconds is not None:

@@ -9,6 +9,7 @@ Until `swap_in` nothing but the staging database and missing roles was touched; 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from kanbu_backup_dagster.backup.keys import Keyring
 from kanbu_backup_dagster.backup.landing import Progress
@@ -19,13 +20,14 @@ from kanbu_backup_dagster.restore.plan import RestorePlan, find_backup
 from kanbu_backup_dagster.restore.server import Server, find_databases, run
 from kanbu_backup_dagster.restore.staging import (
     Loaded,
+    create_anew,
     create_staging,
     drop_leftovers,
     drop_staging,
     load,
     read_head,
 )
-from kanbu_backup_dagster.restore.swap import Swapped, dress, swap, wait_until_unused
+from kanbu_backup_dagster.restore.swap import Swapped, dress, dress_anew, swap, wait_until_unused
 from kanbu_backup_dagster.settings import Settings
 from kanbu_backup_dagster.sources.commands import quote_identifier
 from kanbu_backup_dagster.storage.protocol import Storage
@@ -66,7 +68,11 @@ def load_staging(
     create_roles(plan.server, settings, plan.missing_roles)
     for role in plan.missing_roles:
         tell(f"Created the role {role}, which cannot log in")
-    create_staging(plan.server, settings, plan.staging, like=plan.live, encoding=head.encoding)
+    remarks = []
+    if plan.live is not None:
+        create_staging(plan.server, settings, plan.staging, like=plan.live)
+    else:
+        remarks = create_anew(plan.server, settings, plan.staging, recorded=plan.recorded, encoding=head.encoding)
     loaded = load(
         backup,
         storage,
@@ -79,7 +85,7 @@ def load_staging(
     )
     for statement in loaded.left_out:
         tell(f"Left out, since this server does not know it: {statement}")
-    return loaded
+    return replace(loaded, remarks=tuple(remarks))
 
 
 def create_roles(server: Server, settings: Settings, roles: tuple[str, ...]) -> None:
@@ -116,10 +122,13 @@ def swap_in(plan: RestorePlan, settings: Settings) -> Swapped:
     Raises:
         KanbuError: It could not be done; the live database is as it was.
     """
+    remarks = []
     if plan.live is not None:
         dress(plan.server, settings, plan.staging, like=plan.live)
+    elif plan.recorded is not None:
+        remarks = dress_anew(plan.server, settings, plan.staging, recorded=plan.recorded)
     wait_until_unused(plan.server, settings, plan.staging)
-    return swap(
+    swapped = swap(
         plan.server,
         settings,
         staging=plan.staging,
@@ -127,6 +136,7 @@ def swap_in(plan: RestorePlan, settings: Settings) -> Swapped:
         expected=plan.live,
         by=plan.request.file,
     )
+    return replace(swapped, remarks=tuple(remarks))
 
 
 def is_kept(plan: RestorePlan) -> bool:

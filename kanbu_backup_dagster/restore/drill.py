@@ -20,13 +20,14 @@ from pydantic import SecretStr
 from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.keys import Keyring
 from kanbu_backup_dagster.backup.landing import Progress
+from kanbu_backup_dagster.backup.manifest import DatabaseProperties
 from kanbu_backup_dagster.backup.reading import prove
 from kanbu_backup_dagster.errors import KanbuError, NotDrillableError, RestoreError, SettingsError, SourceError
 from kanbu_backup_dagster.restore.checks import check_database
 from kanbu_backup_dagster.restore.database import create_roles
-from kanbu_backup_dagster.restore.plan import missing_extensions, missing_roles, psql_problem
+from kanbu_backup_dagster.restore.plan import missing_extensions, missing_roles, psql_problem, recorded_properties
 from kanbu_backup_dagster.restore.server import Server, find_databases, open_server, run
-from kanbu_backup_dagster.restore.staging import create_staging, drop_staging, load, read_head
+from kanbu_backup_dagster.restore.staging import create_anew, drop_staging, load, read_head
 from kanbu_backup_dagster.schedule_file import Assertion
 from kanbu_backup_dagster.settings import PgMode, Settings
 from kanbu_backup_dagster.sources.commands import query, quote_identifier
@@ -157,7 +158,9 @@ def drill(
     database = _PREFIX + secrets.token_hex(4)
     try:
         create_roles(server, settings, roles)
-        create_staging(server, settings, database, like=None, encoding=head.encoding)
+        different = create_anew(
+            server, settings, database, recorded=_locale_alone(server, backup), encoding=head.encoding
+        )
         loaded = load(backup, storage, keys, server, settings, database, proven=proven, on_progress=on_progress)
         for statement in loaded.left_out:
             tell(f"Left out, since this server does not know it: {statement}")
@@ -172,7 +175,15 @@ def drill(
             tell(line)
     rows = sum(checked.rows.values())
     where = server.access.description
-    return DrillResult(backup.filename, checked.tables, rows, seconds, where, held, (*checked.remarks, *left))
+    return DrillResult(
+        backup.filename, checked.tables, rows, seconds, where, held, (*different, *checked.remarks, *left)
+    )
+
+
+def _locale_alone(server: Server, backup: Backup) -> DatabaseProperties | None:
+    """What can decide whether rows fit where they were, and in what order they are; the rest is not for a drill."""
+    recorded = recorded_properties(backup)
+    return DatabaseProperties(server.role, recorded.locale) if recorded is not None else None
 
 
 def _clear_up(server: Server, settings: Settings, database: str, roles: Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kanbu_backup_dagster.backup.catalog import Backup, Catalog
 from kanbu_backup_dagster.backup.keys import NO_KEY, Keyring
-from kanbu_backup_dagster.backup.manifest import VerificationStatus
+from kanbu_backup_dagster.backup.manifest import DatabaseProperties, VerificationStatus
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.errors import (
     CorruptBackupError,
@@ -24,6 +24,7 @@ from kanbu_backup_dagster.errors import (
     KanbuError,
     RestoreError,
 )
+from kanbu_backup_dagster.restore.properties import fitted, named_roles
 from kanbu_backup_dagster.restore.server import Database, Server, find_databases, knows_restrict, open_server
 from kanbu_backup_dagster.restore.staging import new_staging_name
 from kanbu_backup_dagster.settings import Settings
@@ -88,6 +89,7 @@ class RestorePlan:
     Attributes:
         target: The database's name.
         live: That database as it is now; None when there is none.
+        recorded: Where there is none: what the new one shall be like, as far as the manifest tells and the server can.
         empty: Whether there is nothing in it to save.
         server: Where it is.
         staging: The name of the database that will be loaded.
@@ -98,6 +100,7 @@ class RestorePlan:
     request: RestoreRequest
     target: str
     live: Database | None
+    recorded: DatabaseProperties | None
     empty: bool
     server: Server
     staging: str
@@ -244,6 +247,11 @@ def plan_restore(request: RestoreRequest, settings: Settings, storage: Storage, 
     live = find_databases(server, settings).get(target)
     problems = _server_problems(server, settings, live, backup)
     missing = missing_roles(server, backup)
+    recorded, left_out = recorded_properties(backup) if live is None else None, list[str]()
+    if recorded is not None:
+        if request.create_missing_roles:
+            missing += sorted(named_roles(recorded) - server.roles - set(missing))
+        recorded, left_out = fitted(recorded, server, tuple(missing))
     if missing and not request.create_missing_roles:
         problems.append(
             f"roles that the backup needs are missing: {', '.join(missing)} (create them, or let them be created "
@@ -261,11 +269,12 @@ def plan_restore(request: RestoreRequest, settings: Settings, storage: Storage, 
         request=request,
         target=target,
         live=live,
+        recorded=recorded,
         empty=live is None or query(server.access, settings, _IS_EMPTY_SQL, database=target)[0]["empty"],
         server=server,
         staging=new_staging_name(target),
         missing_roles=tuple(missing),
-        warnings=(*warnings, *_version_warnings(server, backup)),
+        warnings=(*warnings, *_version_warnings(server, backup), *left_out),
     )
 
 
@@ -279,6 +288,12 @@ def missing_extensions(server: Server, backup: Backup) -> list[str]:
     """Extensions that the manifest lists and the server cannot create."""
     facts = backup.manifest.database if backup.manifest else None
     return [name for name in (facts.extensions if facts else {}) if name not in server.extensions]
+
+
+def recorded_properties(backup: Backup) -> DatabaseProperties | None:
+    """What the manifest tells of the database itself."""
+    facts = backup.manifest.database if backup.manifest else None
+    return facts.properties if facts else None
 
 
 def psql_problem(server: Server) -> str | None:
@@ -302,7 +317,7 @@ def _server_problems(server: Server, settings: Settings, live: Database | None, 
         problems.append(f"extensions that the backup needs are not installed: {', '.join(missing)}")
     if live is not None:
         if not (live.is_owner or server.superuser):
-            problems.append(f"the role {server.role} does not own {live.name}, which {live.owner} does")
+            problems.append(f"the role {server.role} does not own {live.name}, which {live.properties.owner} does")
         if live.prepared:
             problems.append(
                 f"prepared transactions would block the rename: {', '.join(live.prepared)} "

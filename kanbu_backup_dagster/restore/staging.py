@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.keys import Keyring
 from kanbu_backup_dagster.backup.landing import Progress
+from kanbu_backup_dagster.backup.manifest import DatabaseProperties, Locale
 from kanbu_backup_dagster.backup.reading import beginning, content
 from kanbu_backup_dagster.backup.sql_dump import DumpFindings, DumpScanner, PsqlInputFilter
 from kanbu_backup_dagster.backup.stages import decompress
 from kanbu_backup_dagster.errors import CorruptBackupError, RestoreError, SourceError
+from kanbu_backup_dagster.restore.properties import locale_options, setting_statements
 from kanbu_backup_dagster.restore.server import UNHINDERED, Database, Server, find_databases, run, run_in
 from kanbu_backup_dagster.settings import Settings
 from kanbu_backup_dagster.sources.commands import (
@@ -31,7 +33,6 @@ from kanbu_backup_dagster.sources.commands import (
     ServerAccess,
     query,
     quote_identifier,
-    quote_literal,
 )
 from kanbu_backup_dagster.storage.protocol import Storage
 
@@ -75,37 +76,64 @@ def new_staging_name(target: str) -> str:
     return staging_prefix(target) + secrets.token_hex(4)
 
 
-def create_staging(
-    server: Server, settings: Settings, name: str, *, like: Database | None, encoding: str | None
-) -> None:
-    """Make the empty database `name`.
-
-    Args:
-        like: The database it is to replace: its owner, encoding, locale, tablespace and settings.
-        encoding: The dump's, for a database that replaces none.
+def create_staging(server: Server, settings: Settings, name: str, *, like: Database) -> None:
+    """Make the empty database `name` with the owner, encoding, locale, tablespace and settings of the one it is to
+    replace.
 
     Raises:
         SourceError: The server refused.
     """
-    if like is not None:
-        options = [*like.creation_options()]
-    else:
-        template = find_databases(server, settings)["template0"]
-        options = []
-        if encoding is not None and encoding != template.encoding:
-            options.append(f"ENCODING {quote_literal(encoding)}")
-            # A locale goes with one encoding; C and POSIX go with all.
-            options += ["LC_COLLATE 'C'", "LC_CTYPE 'C'"]
-            if server.major >= 15:
-                options.append("LOCALE_PROVIDER libc")
-    run(
-        server,
-        settings,
-        [
-            f"CREATE DATABASE {quote_identifier(name)} TEMPLATE template0 {' '.join(options)};",
-            *(like.setting_statements(name) if like is not None else ()),
-        ],
-    )
+    options = [f"OWNER {quote_identifier(like.properties.owner)}", *locale_options(like.properties.locale, server)]
+    if like.tablespace != "pg_default":  # to name the default one needs a privilege on it
+        options.append(f"TABLESPACE {quote_identifier(like.tablespace)}")
+    run(server, settings, [_creation(name, options), *setting_statements(like.properties, name)])
+
+
+def create_anew(
+    server: Server, settings: Settings, name: str, *, recorded: DatabaseProperties | None, encoding: str | None
+) -> list[str]:
+    """Make the empty database `name`, which is to replace none.
+
+    Args:
+        recorded: What it shall be like, as far as this server can; None: nothing is known of that.
+        encoding: The dump's.
+
+    Returns:
+        A line about each thing in which it is not like that.
+
+    Raises:
+        SourceError: The server refused.
+    """
+    in_encoding = _in_encoding(server, settings, encoding)
+    if recorded is None:
+        run(server, settings, [_creation(name, in_encoding)])
+        return []
+    different = []
+    owner = f"OWNER {quote_identifier(recorded.owner)}"
+    try:
+        run(server, settings, [_creation(name, [owner, *locale_options(recorded.locale, server)])])
+    except SourceError as error:
+        run(server, settings, [_creation(name, [owner, *in_encoding])])
+        different.append(f"Made without the locale {recorded.locale.description}: {error.message}")
+    for statement in setting_statements(recorded, name):
+        try:
+            run(server, settings, [statement])
+        except SourceError as error:
+            different.append(f"Not set again: {error.message}")
+    return different
+
+
+def _in_encoding(server: Server, settings: Settings, encoding: str | None) -> list[str]:
+    """Options for a database in the dump's encoding, all else as this server has it."""
+    template = find_databases(server, settings)["template0"].properties.locale
+    if encoding is None or encoding == template.encoding:
+        return []
+    # A locale goes with one encoding; C goes with all.
+    return [*locale_options(Locale(encoding, "C", "C", "libc"), server)]
+
+
+def _creation(name: str, options: list[str]) -> str:
+    return f"CREATE DATABASE {quote_identifier(name)} TEMPLATE template0 {' '.join(options)};"
 
 
 def drop_database(server: Server, settings: Settings, name: str) -> None:
@@ -116,7 +144,7 @@ def drop_database(server: Server, settings: Settings, name: str) -> None:
     """
     found = find_databases(server, settings).get(name)
     if found is not None:
-        if found.catalog_row["datistemplate"]:
+        if found.is_template:
             run(server, settings, [f"ALTER DATABASE {quote_identifier(name)} IS_TEMPLATE false;"])
         run(server, settings, [f"DROP DATABASE IF EXISTS {quote_identifier(name)} WITH (FORCE);"])
 
@@ -198,12 +226,14 @@ class Loaded:
         seconds: How long loading took.
         left_out: Statements that were left out, each with its reason.
         findings: What a file without manifest was found to hold; None for others, whose manifest says.
+        remarks: In what a database that replaces none is not like the one that was dumped.
     """
 
     sql_bytes: int
     seconds: float
     left_out: tuple[str, ...]
     findings: DumpFindings | None
+    remarks: tuple[str, ...] = ()
 
 
 def load(

@@ -15,11 +15,15 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import chain, count
 
+from kanbu_backup_dagster.backup.manifest import DatabaseProperties
 from kanbu_backup_dagster.errors import KanbuError, RestoreError, SourceError
+from kanbu_backup_dagster.restore.properties import other_statements
 from kanbu_backup_dagster.restore.server import Database, Server, databases_of, find_databases, open_server, run
 from kanbu_backup_dagster.restore.staging import drop_database
 from kanbu_backup_dagster.settings import Settings
@@ -42,10 +46,12 @@ class Swapped:
         replaced: The name the replaced database has now; None when there was none.
         downtime_seconds: How long the live name could not be used, by the server's clock: from the beginning of the
             transaction until both names were changed. None when the connection was lost after the commit.
+        remarks: In what a database that replaces none is not like the one that was dumped.
     """
 
     replaced: str | None
     downtime_seconds: float | None
+    remarks: tuple[str, ...] = ()
 
 
 def dress(server: Server, settings: Settings, staging: str, *, like: Database) -> None:
@@ -54,9 +60,26 @@ def dress(server: Server, settings: Settings, staging: str, *, like: Database) -
     Raises:
         SourceError: The server refused.
     """
-    statements = list(like.other_statements(staging))
+    statements = list(other_statements(like.properties, staging))
+    if like.is_template:
+        statements.append(f"ALTER DATABASE {quote_identifier(staging)} IS_TEMPLATE true;")
     if statements:
         run(server, settings, statements)
+
+
+def dress_anew(server: Server, settings: Settings, staging: str, *, recorded: DatabaseProperties) -> list[str]:
+    """Give it, where it replaces none, what was recorded of the database that was dumped.
+
+    Returns:
+        A line about each thing that the server refused: what is restored matters more.
+    """
+    different = []
+    for statement in other_statements(recorded, staging):
+        try:
+            run(server, settings, [statement])
+        except SourceError as error:
+            different.append(f"Not given again: {error.message}")
+    return different
 
 
 def swap(
@@ -82,7 +105,7 @@ def swap(
             f"The database {target} is not the one it was when this restore began.",
             advice="Nothing was replaced. Look at what else works on this server, and start again.",
         )
-    replaced = _dated_name(target) if live is not None else None
+    replaced = _dated_name(target, databases) if live is not None else None
     key = secrets.randbits(31)
     with server.access.start(
         settings,
@@ -116,9 +139,14 @@ def swap(
     )
 
 
-def _dated_name(target: str) -> str:
-    suffix = datetime.now(timezone.utc).strftime(_DATED_SUFFIX)
-    return target.encode()[: _LONGEST_NAME_BYTES - len(suffix)].decode(errors="ignore") + suffix
+def _dated_name(target: str, taken: Container[str]) -> str:
+    dated = datetime.now(timezone.utc).strftime(_DATED_SUFFIX)
+    # Two restores within one second.
+    for suffix in chain([dated], (f"{dated}_{number}" for number in count(2))):
+        name = target.encode()[: _LONGEST_NAME_BYTES - len(suffix)].decode(errors="ignore") + suffix
+        if name not in taken:
+            break
+    return name
 
 
 def _renaming_script(
@@ -142,7 +170,9 @@ def _renaming_script(
     ]
     if live is not None and replaced is not None:
         now = datetime.now(timezone.utc).isoformat()
-        record = json.dumps({"replaced": target, "by": by, "at": now, "comment": live.comment}, ensure_ascii=False)
+        record = json.dumps(
+            {"replaced": target, "by": by, "at": now, "comment": live.properties.comment}, ensure_ascii=False
+        )
         statements += [
             f"ALTER DATABASE {quote_identifier(target)} RENAME TO {quote_identifier(replaced)};",
             f"COMMENT ON DATABASE {quote_identifier(replaced)} IS {quote_literal(_COMMENT_PREFIX + record)};",
@@ -241,9 +271,10 @@ def find_replaced(access: ServerAccess, settings: Settings, *, database: str | N
     """
     found = []
     for database_found in databases_of(access, settings, database).values():
-        if database_found.comment is not None and database_found.comment.startswith(_COMMENT_PREFIX):
+        comment = database_found.properties.comment
+        if comment is not None and comment.startswith(_COMMENT_PREFIX):
             try:
-                record = json.loads(database_found.comment[len(_COMMENT_PREFIX) :])
+                record = json.loads(comment[len(_COMMENT_PREFIX) :])
                 entry = ReplacedDatabase(
                     database_found.name, record["replaced"], record["by"], datetime.fromisoformat(record["at"])
                 )

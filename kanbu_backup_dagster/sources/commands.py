@@ -237,8 +237,12 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
-# Whatever the database's own encoding; one that has none (SQL_ASCII) passes bytes as they are.
-_IN_UTF8 = "SET client_encoding = 'UTF8';"
+# Whatever the database's own encoding. One that has none (SQL_ASCII) passes bytes as they are, and refuses those that
+# are no UTF-8 to a client that wants it.
+_IN_UTF8 = (
+    "DO $$ BEGIN PERFORM pg_catalog.set_config('client_encoding', CASE pg_catalog.current_setting('server_encoding') "
+    "WHEN 'SQL_ASCII' THEN 'SQL_ASCII' ELSE 'UTF8' END, false); END $$;"
+)
 
 
 def query(access: ServerAccess, settings: Settings, sql: str, *, database: str | None = None) -> list[dict[str, Any]]:

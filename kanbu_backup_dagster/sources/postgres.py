@@ -7,9 +7,10 @@ a program is run (`commands`, `docker`) and how a dump is read (`backup.sql_dump
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from kanbu_backup_dagster.backup.manifest import DatabaseFacts
+from kanbu_backup_dagster.backup.manifest import DatabaseFacts, DatabaseProperties, Grant, Locale, RoleSettings
 from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.backup.sql_dump import DumpScanner
 from kanbu_backup_dagster.errors import KanbuError, SourceError
@@ -23,6 +24,32 @@ NO_METHOD = "No backup method available"
 
 # An empty database is about this large; it says nothing of a dump.
 _EMPTY_DATABASE_BYTES = 7_500_000
+
+PROPERTIES_SQL = """
+json_build_object(
+  'owner', pg_get_userbyid(d.datdba),
+  'locale', json_build_object(
+     'encoding', pg_encoding_to_char(d.encoding), 'collate', d.datcollate, 'ctype', d.datctype,
+     'provider', CASE coalesce(to_jsonb(d) ->> 'datlocprovider', 'c')
+                 WHEN 'c' THEN 'libc' WHEN 'i' THEN 'icu' WHEN 'b' THEN 'builtin' ELSE 'unknown' END,
+     'name', coalesce(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale'),
+     'rules', to_jsonb(d) ->> 'daticurules'),
+  'grants', CASE WHEN d.datacl IS NOT NULL THEN
+     (SELECT coalesce(json_agg(json_build_object(
+               'grantee', CASE WHEN a.grantee <> 0 THEN pg_get_userbyid(a.grantee) END,
+               'grantor', pg_get_userbyid(a.grantor),
+               'privilege', a.privilege_type, 'grantable', a.is_grantable)), '[]')
+        FROM aclexplode(d.datacl) a) END,
+  'settings',
+     (SELECT coalesce(json_agg(json_build_object(
+               'role', CASE WHEN s.setrole <> 0 THEN pg_get_userbyid(s.setrole) END,
+               'settings', s.setconfig) ORDER BY s.setrole), '[]')
+        FROM pg_db_role_setting s WHERE s.setdatabase = d.oid),
+  'comment', shobj_description(d.oid, 'pg_database'),
+  'connection_limit', d.datconnlimit)
+"""
+"""A database's own properties, for `read_properties`; `d` is its row of pg_database, whose columns for locales differ
+from version to version."""
 
 # Catalogs only: nothing here waits for a lock on a table. Roles come from pg_shdepend, which does not record the
 # bootstrap superuser (oid 10), who owns everything in the official images.
@@ -45,6 +72,7 @@ SELECT current_database() AS name,
               WHERE c.relowner = 10 AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'))) AS roles,
        (SELECT coalesce(json_object_agg(extname, extversion), '{{}}') FROM pg_extension
          WHERE extname <> 'plpgsql') AS extensions,
+       (SELECT {PROPERTIES_SQL} FROM pg_database d WHERE d.datname = current_database()) AS properties,
        greatest(pg_database_size(current_database()) - {_EMPTY_DATABASE_BYTES}, 0) AS content_bytes
 """
 
@@ -65,6 +93,7 @@ class DatabaseState:
     estimated_bytes: int
     roles: tuple[str, ...]
     extensions: tuple[tuple[str, str], ...]
+    properties: DatabaseProperties
 
     @property
     def target(self) -> str:
@@ -88,7 +117,49 @@ def inspect_database(access: ServerAccess, settings: Settings, *, database: str 
         estimated_bytes=max(row["content_bytes"] - row["index_bytes"], 0),
         roles=tuple(row["roles"]),
         extensions=tuple(row["extensions"].items()),
+        properties=read_properties(row["properties"]),
     )
+
+
+def read_properties(found: dict[str, Any]) -> DatabaseProperties:
+    """What PROPERTIES_SQL gave."""
+    return DatabaseProperties(
+        owner=found["owner"],
+        locale=Locale(**found["locale"]),
+        grants=None if found["grants"] is None else tuple(Grant(**grant) for grant in found["grants"]),
+        settings=tuple(RoleSettings(entry["role"], tuple(entry["settings"])) for entry in found["settings"]),
+        comment=found["comment"],
+        connection_limit=found["connection_limit"],
+    )
+
+
+def _recordable(properties: DatabaseProperties) -> DatabaseProperties | None:
+    """What of it goes into a manifest, which is text that anybody with the storage can read."""
+    if not _is_text(properties.owner):
+        return None
+    settings = [
+        RoleSettings(entry.role, tuple(filter(_is_no_secret, filter(_is_text, entry.settings))))
+        for entry in properties.settings
+        if entry.role is None or _is_text(entry.role)
+    ]
+    return replace(
+        properties,
+        grants=None
+        if properties.grants is None
+        else tuple(grant for grant in properties.grants if _is_text(f"{grant.grantee}{grant.grantor}")),
+        settings=tuple(entry for entry in settings if entry.settings),
+        comment=properties.comment if properties.comment is not None and _is_text(properties.comment) else None,
+    )
+
+
+def _is_text(name: str) -> bool:
+    # A catalog shared by databases of several encodings holds what was put in, in any of them.
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _is_no_secret(assignment: str) -> bool:
+    # PostgreSQL's own parameters have no dot in their names. What has one is an extension's or the application's.
+    return "." not in assignment.partition("=")[0]
 
 
 @dataclass(frozen=True)
@@ -237,6 +308,7 @@ class OpenDump:
             roles=state.roles,
             extensions=dict(state.extensions),
             rows=self._rows,
+            properties=_recordable(state.properties),
         )
 
 

@@ -23,6 +23,23 @@ from kanbu_backup_dagster.storage.protocol import Storage
 from kanbu_backup_dagster_tests.conftest import EACH_MODE
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
 
+EVERYTHING = Path(__file__).with_name("everything.sql")
+
+# What belongs to the database itself, which the restored one must have too.
+PROPERTIES = """
+ALTER DATABASE {0} SET search_path TO "$user", 'has space', public;
+ALTER DATABASE {0} SET work_mem TO '7MB';
+ALTER DATABASE {0} SET "my.setting" TO 'it''s \\ odd';
+ALTER DATABASE {0} SET default_transaction_read_only TO off;
+ALTER ROLE kanbu_owner IN DATABASE {0} SET statement_timeout TO '1min';
+ALTER DATABASE {0} CONNECTION LIMIT 77;
+COMMENT ON DATABASE {0} IS 'the ''live'' \\ one';
+GRANT CREATE ON DATABASE {0} TO kanbu_owner WITH GRANT OPTION;
+SET ROLE kanbu_owner; GRANT CREATE ON DATABASE {0} TO "kanbu reader"; RESET ROLE;
+REVOKE TEMPORARY ON DATABASE {0} FROM PUBLIC;
+ALTER DATABASE {0} OWNER TO kanbu_owner;
+"""
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -132,5 +149,20 @@ def sealed_bench(newest_postgres: PostgresForTest, tmp_path: Path, monkeypatch: 
         monkeypatch,
         key="a key for tests",
     )
+    yield made
+    drop_what_restores_left(made)
+
+
+@pytest.fixture
+def full_bench(postgres: PostgresForTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """A database of everything PostgreSQL can hold, on each server."""
+    made = make_bench(
+        postgres,
+        postgres.database(EVERYTHING),
+        tmp_path / "storage",
+        monkeypatch,
+        key="a key for tests",
+    )
+    made.sql(PROPERTIES.format(made.name))
     yield made
     drop_what_restores_left(made)

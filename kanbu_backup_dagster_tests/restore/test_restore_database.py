@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import shutil
 import subprocess
-from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -31,38 +30,6 @@ from kanbu_backup_dagster.settings import load_settings
 from kanbu_backup_dagster.sources.clients import find_clients
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
 from kanbu_backup_dagster_tests.restore.conftest import Bench, drop_what_restores_left, in_each_mode, make_bench
-
-EVERYTHING = Path(__file__).with_name("everything.sql")
-
-# What belongs to the database itself, which the restored one must have too.
-PROPERTIES = """
-ALTER DATABASE {0} SET search_path TO "$user", 'has space', public;
-ALTER DATABASE {0} SET work_mem TO '7MB';
-ALTER DATABASE {0} SET "my.setting" TO 'it''s \\ odd';
-ALTER DATABASE {0} SET default_transaction_read_only TO off;
-ALTER ROLE kanbu_owner IN DATABASE {0} SET statement_timeout TO '1min';
-ALTER DATABASE {0} CONNECTION LIMIT 77;
-COMMENT ON DATABASE {0} IS 'the ''live'' \\ one';
-GRANT CREATE ON DATABASE {0} TO kanbu_owner WITH GRANT OPTION;
-SET ROLE kanbu_owner; GRANT CREATE ON DATABASE {0} TO "kanbu reader"; RESET ROLE;
-REVOKE TEMPORARY ON DATABASE {0} FROM PUBLIC;
-ALTER DATABASE {0} OWNER TO kanbu_owner;
-"""
-
-
-@pytest.fixture
-def full_bench(postgres: PostgresForTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """A database of everything PostgreSQL can hold, on each server."""
-    made = make_bench(
-        postgres,
-        postgres.database(EVERYTHING),
-        tmp_path / "storage",
-        monkeypatch,
-        key="a key for tests",
-    )
-    made.sql(PROPERTIES.format(made.name))
-    yield made
-    drop_what_restores_left(made)
 
 
 def test_everything_comes_back_to_the_byte(full_bench: Bench) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from datetime import datetime, tzinfo
 from itertools import pairwise
 from pathlib import Path
 
@@ -242,6 +243,20 @@ def test_another_database_in_place_of_the_one_looked_at_is_not_replaced(bench: B
         server.psql(f"DROP DATABASE {bench.name} WITH (FORCE); CREATE DATABASE {bench.name}")
         with pytest.raises(RestoreError, match="is not the one it was"):
             swap_in(plan, bench.settings)
+
+
+def test_two_restores_within_one_second_each_keep_what_they_replace(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Stopped:
+            return cls(2026, 1, 18, 10, 30, tzinfo=tz)
+
+    monkeypatch.setattr("kanbu_backup_dagster.restore.swap.datetime", Stopped)
+    file = bench.backup().filename
+    assert bench.restore(file).replaced == f"{bench.name}_replaced_20260118_103000"
+    assert bench.restore(file).replaced == f"{bench.name}_replaced_20260118_103000_2"
 
 
 def test_sessions_that_may_not_be_ended_are_named_and_the_live_database_stays(
