@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from textwrap import indent
 from typing import Any
 
 import click
@@ -132,12 +133,18 @@ def _is_empty(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "\n".join(f"{name}: {_shown(inner)}" for name, inner in value.items() if not _is_empty(inner))
+        return "\n".join(f"{name}:{_beside(_shown(inner))}" for name, inner in value.items() if not _is_empty(inner))
     if isinstance(value, list):
-        return "\n".join(
-            ", ".join(map(str, item.values())) if isinstance(item, Mapping) else str(item) for item in value
-        )
+        return "\n".join(_in_a_line(item) if isinstance(item, Mapping) else str(item) for item in value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _beside(text: str) -> str:
+    return "\n" + indent(text, "  ") if "\n" in text else f" {text}"
+
+
+def _in_a_line(item: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_shown(inner)}" for name, inner in item.items() if not _is_empty(inner))
 
 
 @cli.command()

@@ -77,7 +77,9 @@ def test_looking(backed_up: tuple[Path, str]) -> None:
     assert status["encryption"]["key_id"] == shown["key_id"]
     assert (status["backups"]["total"], status["backups"]["verified"]) == (1, 1)
     assert status["settings"]["DATABASE_URL"] == "(secret)  [environment]"
-    assert name in kanbu("show", name).stdout.decode()
+    printed = kanbu("show", name).stdout.decode()
+    assert name in printed
+    assert re.search(r"properties: +\n +owner: \w+ +\n +locale: +\n +encoding: UTF8", printed)
 
 
 def proven_by_file() -> dict[str, Any]:
