@@ -18,6 +18,7 @@ from kanbu_backup_dagster.cli.arguments import open_backup
 from kanbu_backup_dagster.cli.bars import byte_bar
 from kanbu_backup_dagster.cli.group import cli
 from kanbu_backup_dagster.errors import KanbuError
+from kanbu_backup_dagster.orchestration import job_names
 from kanbu_backup_dagster.storage.folder import rename_exclusively
 
 
@@ -31,7 +32,7 @@ def backup() -> None:
 @click.option("--verbose", is_flag=True, help="Show the run's log.")
 def backup_database(as_json: bool, verbose: bool) -> None:
     """Back the database up, verified."""
-    _run_backup("database_backup", as_json=as_json, verbose=verbose)
+    _run_backup(job_names.DATABASE_BACKUP, as_json=as_json, verbose=verbose)
 
 
 @backup.command("source")
@@ -39,7 +40,7 @@ def backup_database(as_json: bool, verbose: bool) -> None:
 @click.option("--verbose", is_flag=True, help="Show the run's log.")
 def backup_source(as_json: bool, verbose: bool) -> None:
     """Back the source tree up, verified."""
-    _run_backup("source_backup", as_json=as_json, verbose=verbose)
+    _run_backup(job_names.SOURCE_BACKUP, as_json=as_json, verbose=verbose)
 
 
 def _run_backup(job: str, *, as_json: bool, verbose: bool) -> None:

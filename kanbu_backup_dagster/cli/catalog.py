@@ -12,6 +12,7 @@ from kanbu_backup_dagster.cli.arguments import Found, open_backup
 from kanbu_backup_dagster.cli.bars import byte_bar
 from kanbu_backup_dagster.cli.group import cli
 from kanbu_backup_dagster.errors import KanbuError
+from kanbu_backup_dagster.orchestration import job_names
 
 
 @cli.group()
@@ -26,7 +27,7 @@ def sync(as_json: bool, verbose: bool) -> None:
     """Make Dagster know every backup in storage, from the manifests alone; say which it knew and are gone."""
     from kanbu_backup_dagster.orchestration.run_here import run_job
 
-    outcome = run_job("sync_catalog", verbose=verbose)
+    outcome = run_job(job_names.SYNC_CATALOG, verbose=verbose)
     if not outcome.success:
         raise outcome.error
     difference = {name: outcome.said[name] for name in ("new", "changed", "vanished")}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import SecretStr
@@ -18,10 +18,13 @@ from kanbu_backup_dagster.cli.arguments import name_and_folder
 from kanbu_backup_dagster.cli.bars import byte_bar
 from kanbu_backup_dagster.cli.group import cli
 from kanbu_backup_dagster.errors import RestoreError
-from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
+from kanbu_backup_dagster.orchestration import job_names
 from kanbu_backup_dagster.restore.plan import OVERWRITES, PRE_RESTORE, RestoreRequest, judge_file, look_at
 from kanbu_backup_dagster.restore.server import Server, find_databases, open_server
 from kanbu_backup_dagster.settings import Settings
+
+if TYPE_CHECKING:
+    from kanbu_backup_dagster.orchestration.run_here import Outcome
 
 
 @cli.command("restore")
@@ -82,7 +85,7 @@ def restore(
         _show(backup, server, environment.settings, target, warnings)
         _confirm(target, yes=yes, confirm=confirm)
         outcome = _run(
-            "restore_database",
+            job_names.RESTORE_DATABASE,
             {
                 "file": request.file,
                 "confirm_overwrite": True,
@@ -113,7 +116,7 @@ def restore(
 def _extract(request: RestoreRequest, into: str, *, as_json: bool, verbose: bool) -> None:
     # Nothing that exists is ever overwritten, so there is nothing to confirm.
     outcome = _run(
-        "restore_source",
+        job_names.RESTORE_SOURCE,
         {
             "file": request.file,
             "into": into,
@@ -180,6 +183,8 @@ def _confirm(target: str, *, yes: bool, confirm: str | None) -> None:
 def _run(
     job: str, config: dict[str, Any], *, silent: bool, verbose: bool, op: str = "validate", doing: str = "Restoring"
 ) -> Outcome:
+    from kanbu_backup_dagster.orchestration.run_here import run_job
+
     with byte_bar(doing, silent=silent) as bar:
         outcome = run_job(job, run_config={"ops": {op: {"config": config}}}, verbose=verbose, on_progress=bar)
     if not outcome.success:
@@ -201,7 +206,9 @@ def drill(file: str | None, older: int | None, as_json: bool, verbose: bool) -> 
     config: dict[str, Any] = {"file": file} if file else {}
     if older is not None:
         config["older_samples"] = older
-    outcome = _run("restore_drill", config, silent=as_json or verbose, verbose=verbose, op="choose", doing="Drilling")
+    outcome = _run(
+        job_names.RESTORE_DRILL, config, silent=as_json or verbose, verbose=verbose, op="choose", doing="Drilling"
+    )
     result = outcome.report
     if as_json:
         click.echo(json.dumps({"run_id": outcome.run_id, **_plain(result)}, indent=2, ensure_ascii=False))

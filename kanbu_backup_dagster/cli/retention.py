@@ -17,6 +17,7 @@ from kanbu_backup_dagster.backup.pruning import PrunePlan, Stranger, plan_prune
 from kanbu_backup_dagster.cli.group import cli
 from kanbu_backup_dagster.cli.tables import print_table
 from kanbu_backup_dagster.errors import SettingsError
+from kanbu_backup_dagster.orchestration import job_names
 from kanbu_backup_dagster.schedule_file import (
     RetentionPolicy,
     Schedule,
@@ -162,7 +163,7 @@ def prune(only: str | None, dry_run: bool, accept: bool, as_json: bool, verbose:
     from kanbu_backup_dagster.orchestration.run_here import run_job
 
     config = {"type": only or "", "dry_run": dry_run, "accept": accept}
-    outcome = run_job("prune_backups", run_config={"ops": {"prune_all": {"config": config}}}, verbose=verbose)
+    outcome = run_job(job_names.PRUNE_BACKUPS, run_config={"ops": {"prune_all": {"config": config}}}, verbose=verbose)
     if not outcome.success:
         raise outcome.error
     numbers = {

@@ -12,6 +12,7 @@ from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.rotation import Action, Planned, plan, require_current
 from kanbu_backup_dagster.cli.bars import byte_bar
 from kanbu_backup_dagster.cli.group import cli
+from kanbu_backup_dagster.orchestration import job_names
 
 _WHAT = {
     Action.RE_ENCRYPT: "needs key {key}: to be re-encrypted",
@@ -42,7 +43,7 @@ def rotate_keys(dry_run: bool, as_json: bool, verbose: bool) -> None:
         from kanbu_backup_dagster.orchestration.run_here import run_job
 
         with byte_bar("Rotating", silent=as_json or verbose) as bar:
-            outcome = run_job("rotate_keys", verbose=verbose, on_progress=bar)
+            outcome = run_job(job_names.ROTATE_KEYS, verbose=verbose, on_progress=bar)
         if not outcome.success:
             raise outcome.error
     if as_json:

@@ -15,6 +15,7 @@ from kanbu_backup_dagster.backup.verification import verify as verify_file
 from kanbu_backup_dagster.cli.arguments import Found, open_backup
 from kanbu_backup_dagster.cli.bars import byte_bar
 from kanbu_backup_dagster.cli.group import EXIT_FAILED, cli
+from kanbu_backup_dagster.orchestration import job_names
 
 _FAILED = VerificationStatus.FAILED.value
 
@@ -57,7 +58,7 @@ def _verify_here(found: Found, *, deep: bool, silent: bool, verbose: bool) -> di
     name = found.backup.filename
     config = {"ops": {"verify_one": {"config": {"file": name, "deep": deep}}}}
     with byte_bar("Verifying", total=found.backup.file.size, silent=silent) as bar:
-        outcome = run_job("verify_backup", run_config=config, verbose=verbose, on_progress=bar)
+        outcome = run_job(job_names.VERIFY_BACKUP, run_config=config, verbose=verbose, on_progress=bar)
     states = [state for observed, state in outcome.observed if observed == name]
     if not states:
         raise outcome.error
@@ -77,7 +78,7 @@ def _verify_many(*, every: bool, as_json: bool, verbose: bool) -> None:
 
     config = {"ops": {"verify_many": {"config": {"all": every}}}}
     with byte_bar("Verifying", silent=as_json or verbose) as bar:
-        outcome = run_job("verify_pending_backups", run_config=config, verbose=verbose, on_progress=bar)
+        outcome = run_job(job_names.VERIFY_PENDING_BACKUPS, run_config=config, verbose=verbose, on_progress=bar)
     verdicts = [_verdict(name, state) for name, state in outcome.observed]
     if as_json:
         click.echo(json.dumps(verdicts, indent=2))

@@ -20,6 +20,7 @@ from kanbu_backup_dagster.backup.names import BackupType
 from kanbu_backup_dagster.backup.recipe import Recipe
 from kanbu_backup_dagster.backup.stages import GCM_LIMIT_ADVICE, GCM_LIMIT_BYTES
 from kanbu_backup_dagster.errors import KanbuError, StorageError
+from kanbu_backup_dagster.orchestration import job_names
 from kanbu_backup_dagster.orchestration.assets import (
     backup_metadata,
     database_observation,
@@ -33,7 +34,6 @@ from kanbu_backup_dagster.orchestration.replaced import let_go_of_replaced
 from kanbu_backup_dagster.orchestration.resources import BackupEnvironment
 from kanbu_backup_dagster.orchestration.run_scope import RunScope
 from kanbu_backup_dagster.orchestration.tags import (
-    RESTORE_DATABASE,
     SETTLING,
     SETTLING_FILE,
     TRIGGER,
@@ -73,7 +73,7 @@ def origin_of(context: OpExecutionContext, settings: Settings) -> Origin:
     if trigger not in {one.value for one in Trigger}:
         raise KanbuError(f"The run's tag {TRIGGER} is {trigger!r}.", advice=f"Leave it out: {Trigger.MANUAL.value}.")
     return Origin(
-        trigger=Trigger.PRE_RESTORE if context.job_name == RESTORE_DATABASE else Trigger(trigger),
+        trigger=Trigger.PRE_RESTORE if context.job_name == job_names.RESTORE_DATABASE else Trigger(trigger),
         schedule_id=schedule_id,
         schedule_name=schedule_name,
         retention=row.policy if row is not None else None,

@@ -9,6 +9,7 @@ from kanbu_backup_dagster.orchestration import (
     backup_ops,
     catalog_sync,
     drill_ops,
+    job_names,
     prune_ops,
     restore_ops,
     restore_source_ops,
@@ -20,6 +21,7 @@ from kanbu_backup_dagster.orchestration.webhook_test import test_webhook
 
 
 @job(
+    name=job_names.DATABASE_BACKUP,
     description="Backs the database up: one stream from pg_dump into the storage, verified, then retention.",
     tags={tags.TYPE: BackupType.DATABASE.value, tags.TARGET: BackupType.DATABASE.value},
 )
@@ -29,6 +31,7 @@ def database_backup() -> None:
 
 
 @job(
+    name=job_names.SOURCE_BACKUP,
     description="Backs the source tree up: one stream from the folder into the storage, verified, then retention.",
     tags={tags.TYPE: BackupType.SOURCE.value, tags.TARGET: BackupType.SOURCE.value},
 )
@@ -38,7 +41,7 @@ def source_backup() -> None:
 
 
 @job(
-    name=tags.RESTORE_DATABASE,
+    name=job_names.RESTORE_DATABASE,
     description="Replaces the database by a backup of it, once both confirmations are given: loaded and checked aside, "
     "then swapped in. What was replaced is backed up first, and kept.",
     tags={tags.TYPE: BackupType.DATABASE.value, tags.TARGET: BackupType.DATABASE.value},
@@ -56,6 +59,7 @@ def restore_database() -> None:
 
 
 @job(
+    name=job_names.RESTORE_DRILL,
     description="Restores the newest backup aside, on a server of its own or the configured one, and compares it with "
     "its manifest: the proof that it can be restored.",
     tags={tags.TYPE: BackupType.DATABASE.value},
@@ -66,6 +70,7 @@ def restore_drill() -> None:
 
 
 @job(
+    name=job_names.RESTORE_SOURCE,
     description="Extracts a source backup into an empty or new folder: all of it, or nothing.",
     tags={tags.TYPE: BackupType.SOURCE.value},
     executor_def=in_process_executor,
@@ -74,18 +79,18 @@ def restore_source() -> None:
     restore_source_ops.extract(restore_source_ops.validate_source())
 
 
-@job(name=tags.VERIFY_BACKUP, description="Verifies one backup file.")
+@job(name=job_names.VERIFY_BACKUP, description="Verifies one backup file.")
 def verify_backup() -> None:
     verify_ops.verify_one()
 
 
-@job(description="Verifies every backup that waits for it, deeply.")
+@job(name=job_names.VERIFY_PENDING_BACKUPS, description="Verifies every backup that waits for it, deeply.")
 def verify_pending_backups() -> None:
     verify_ops.verify_many()
 
 
 @job(
-    name=tags.ROTATE_KEYS,
+    name=job_names.ROTATE_KEYS,
     description="Puts backups that need a former key under the current one, a file at a time: what is killed half-way "
     "can be read, and goes on when run again. `dry_run` only tells.",
     tags={tags.TARGET: "keys"},
@@ -95,12 +100,12 @@ def rotate_keys() -> None:
     rotate_ops.rotate()
 
 
-@job(name=tags.PRUNE_BACKUPS, description="Deletes what the retention policies let go, or shows what would go.")
+@job(name=job_names.PRUNE_BACKUPS, description="Deletes what the retention policies let go, or shows what would go.")
 def prune_backups() -> None:
     prune_ops.prune_all()
 
 
-@job(description="Makes Dagster know every backup in storage, from the manifests alone.")
+@job(name=job_names.SYNC_CATALOG, description="Makes Dagster know every backup in storage, from the manifests alone.")
 def sync_catalog() -> None:
     catalog_sync.sync()
 

@@ -44,18 +44,17 @@ from kanbu_backup_dagster.notifications.events import (
     VerificationFailed,
     VerificationPart,
 )
-from kanbu_backup_dagster.orchestration import tags
+from kanbu_backup_dagster.orchestration import job_names, tags
 from kanbu_backup_dagster.orchestration.assets import BACKUP_ASSETS
 from kanbu_backup_dagster.orchestration.drill_ops import RESTORABLE
 from kanbu_backup_dagster.orchestration.failures import ERROR_KIND
 from kanbu_backup_dagster.orchestration.restore_ops import NONE_REPLACED
 from kanbu_backup_dagster.orchestration.telling import events_in
 
-BACKUP_JOBS = {"database_backup": BackupType.DATABASE, "source_backup": BackupType.SOURCE}
-_RESTORE_JOBS = {"restore_database": BackupType.DATABASE, "restore_source": BackupType.SOURCE}
+BACKUP_JOBS = {job_names.DATABASE_BACKUP: BackupType.DATABASE, job_names.SOURCE_BACKUP: BackupType.SOURCE}
+_RESTORE_JOBS = {job_names.RESTORE_DATABASE: BackupType.DATABASE, job_names.RESTORE_SOURCE: BackupType.SOURCE}
 _STORE = "store"
-_DRILL_JOB = "restore_drill"
-_VERIFY_JOBS = ("verify_backup", "verify_pending_backups")
+_VERIFY_JOBS = (job_names.VERIFY_BACKUP, job_names.VERIFY_PENDING_BACKUPS)
 _INTERRUPTED = DagsterExecutionInterruptedError.__name__
 _PASSING = {"SourceError", "StorageError", "BusyError", _INTERRUPTED}
 _READ = {
@@ -210,16 +209,16 @@ def events_of(ended: EndedRun, *, encrypts: bool | None = None) -> list[Event]:
         events += _of_backup(ended, BACKUP_JOBS[job], encrypts)
     elif job in _RESTORE_JOBS and not known & {"restore.completed", "restore.failed"}:
         events.append(_of_restore(ended, _RESTORE_JOBS[job]))
-    elif job == _DRILL_JOB and not known & {"drill.completed", "drill.failed"}:
+    elif job == job_names.RESTORE_DRILL and not known & {"drill.completed", "drill.failed"}:
         events.append(_of_drill(ended))
-    elif job == "prune_backups" and not ended.succeeded and "prune.held" not in known:
+    elif job == job_names.PRUNE_BACKUPS and not ended.succeeded and "prune.held" not in known:
         events.append(_held(ended, None))
     elif job in _VERIFY_JOBS and not ended.succeeded and "verification.failed" not in known:
         # No file was found to be bad: the verification itself could not be done.
         named = parse_name(_file(ended) or "")
         part = VerificationPart(type=named.type if named is not None else None)
         events.append(VerificationFailed(**_common(ended), verification=part, error=ended.reason))
-    if job != _DRILL_JOB:
+    if job != job_names.RESTORE_DRILL:
         events += _failed_drills(ended)
     return events
 

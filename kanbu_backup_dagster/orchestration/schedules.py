@@ -30,15 +30,15 @@ from dagster._core.definitions.run_request import InstigatorType
 from dagster._core.scheduler.instigation import InstigatorStatus
 
 from kanbu_backup_dagster.backup.manifest import Trigger
-from kanbu_backup_dagster.orchestration import tags
+from kanbu_backup_dagster.orchestration import job_names, tags
 from kanbu_backup_dagster.orchestration.configuration import Configuration, load_configuration
 from kanbu_backup_dagster.schedule_file import Schedule, ScheduleType, describe_cron, next_runs
 
 JOBS_BY_TYPE = {
-    ScheduleType.DATABASE: "database_backup",
-    ScheduleType.SOURCE: "source_backup",
-    ScheduleType.DRILL: "restore_drill",
-    ScheduleType.VERIFY_PENDING: "verify_pending_backups",
+    ScheduleType.DATABASE: job_names.DATABASE_BACKUP,
+    ScheduleType.SOURCE: job_names.SOURCE_BACKUP,
+    ScheduleType.DRILL: job_names.RESTORE_DRILL,
+    ScheduleType.VERIFY_PENDING: job_names.VERIFY_PENDING_BACKUPS,
 }
 BACKUP_TYPES = (ScheduleType.DATABASE, ScheduleType.SOURCE)
 

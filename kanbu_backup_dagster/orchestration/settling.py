@@ -30,7 +30,7 @@ from dagster import (
 from kanbu_backup_dagster.backup.environment import Environment, load_environment
 from kanbu_backup_dagster.backup.manifest import VerificationStatus
 from kanbu_backup_dagster.errors import KanbuError
-from kanbu_backup_dagster.orchestration import tags
+from kanbu_backup_dagster.orchestration import job_names, tags
 from kanbu_backup_dagster.orchestration.schedules import UNFINISHED
 from kanbu_backup_dagster.storage.open import open_storage
 
@@ -52,7 +52,7 @@ def settling_sensor(jobs: list[JobDefinition]) -> SensorDefinition:
     return SensorDefinition(
         name="settling",
         evaluation_fn=settling,
-        jobs=[job for job in jobs if job.name in (tags.VERIFY_BACKUP, tags.PRUNE_BACKUPS)],
+        jobs=[job for job in jobs if job.name in (job_names.VERIFY_BACKUP, job_names.PRUNE_BACKUPS)],
         minimum_interval_seconds=SETTLING_SECONDS,
         default_status=DefaultSensorStatus.RUNNING,
         description="Has backups verified that waited in rclone's cache once they have arrived, then starts the "
@@ -113,12 +113,12 @@ def _next_step(instance: DagsterInstance, environment: Environment, run: Dagster
     if backup.status is VerificationStatus.VERIFIED:
         if (schedule := tags.schedule_of(run.tags)) is None:
             return _end(instance, run, "verified", tags.SETTLED)
-        if list(_started(instance, run, tags.PRUNE_BACKUPS)):
+        if list(_started(instance, run, job_names.PRUNE_BACKUPS)):
             return _end(instance, run, "verified, and retention was started", tags.SETTLED)
         requests.append(
             RunRequest(
                 run_key=f"prune after {run.run_id}",
-                job_name=tags.PRUNE_BACKUPS,
+                job_name=job_names.PRUNE_BACKUPS,
                 run_config={"ops": {"prune_all": {"config": {"type": backup.type.value}}}},
                 tags={
                     tags.SETTLED_FOR: run.run_id,
@@ -129,7 +129,7 @@ def _next_step(instance: DagsterInstance, environment: Environment, run: Dagster
         return "verified; retention starts"
     if backup.status is not VerificationStatus.PENDING:
         return _end(instance, run, backup.status.value)
-    verifications = list(_started(instance, run, tags.VERIFY_BACKUP))
+    verifications = list(_started(instance, run, job_names.VERIFY_BACKUP))
     if any(one.status in UNFINISHED for one in verifications):
         return "being verified"
     if len(verifications) >= _VERIFICATIONS:
@@ -137,7 +137,7 @@ def _next_step(instance: DagsterInstance, environment: Environment, run: Dagster
     requests.append(
         RunRequest(
             run_key=f"verify after {run.run_id}, {len(verifications)}",
-            job_name=tags.VERIFY_BACKUP,
+            job_name=job_names.VERIFY_BACKUP,
             run_config={"ops": {"verify_one": {"config": {"file": filename}}}},
             tags={tags.SETTLED_FOR: run.run_id},
         )

@@ -1,4 +1,4 @@
-"""Run tags and job names: the names other programs filter and launch by."""
+"""Run tags: the names other programs filter runs by."""
 
 from __future__ import annotations
 
@@ -21,11 +21,6 @@ SETTLING_FILE = "kanbu/settling_file"
 # Of the runs that are started once it has arrived: the run that made it.
 SETTLED_FOR = "kanbu/settled_for"
 
-# The one job whose runs make a backup on the way.
-RESTORE_DATABASE = "restore_database"
-VERIFY_BACKUP = "verify_backup"
-PRUNE_BACKUPS = "prune_backups"
-ROTATE_KEYS = "rotate_keys"
 SECOND_ATTEMPT_OF = "kanbu/second_attempt_of"
 
 # JSON's numbers are exact up to here, and no schedule file has more rows.

@@ -14,6 +14,7 @@ from kanbu_backup_dagster.errors import SettingsError
 from kanbu_backup_dagster.notifications.delivery import Receipt, deliver
 from kanbu_backup_dagster.notifications.endpoints import Endpoint
 from kanbu_backup_dagster.notifications.events import example_event
+from kanbu_backup_dagster.orchestration import job_names
 from kanbu_backup_dagster.orchestration.configuration import Configuration, load_configuration
 from kanbu_backup_dagster.orchestration.failures import explained
 
@@ -47,7 +48,7 @@ def send_example(context: OpExecutionContext) -> None:
     )
 
 
-@job(description="Tries the webhook out with an example event, marked X-Kanbu-Test: true.")
+@job(name=job_names.TEST_WEBHOOK, description="Tries the webhook out with an example event, marked X-Kanbu-Test: true.")
 def test_webhook() -> None:
     send_example()
 

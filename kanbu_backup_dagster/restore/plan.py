@@ -30,6 +30,7 @@ from kanbu_backup_dagster.restore.staging import new_staging_name
 from kanbu_backup_dagster.settings import Settings
 from kanbu_backup_dagster.sources.commands import query
 from kanbu_backup_dagster.sources.connection import require_connection
+from kanbu_backup_dagster.sources.postgres import database_target
 from kanbu_backup_dagster.storage.folder import FolderStorage
 from kanbu_backup_dagster.storage.protocol import Storage
 
@@ -110,7 +111,7 @@ class RestorePlan:
     @property
     def lock_name(self) -> str:
         """The target among all there are; the same as of a backup of it."""
-        return f"database {self.target} of server {self.server.server_id}"
+        return database_target(self.target, self.server.server_id)
 
 
 @dataclass(frozen=True)

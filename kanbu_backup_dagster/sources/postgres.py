@@ -77,6 +77,11 @@ SELECT current_database() AS name,
 """
 
 
+def database_target(name: str, server_id: str) -> str:
+    """This database among all there are."""
+    return f"database {name} of server {server_id}"
+
+
 @dataclass(frozen=True)
 class DatabaseState:
     """What the server said of the database just now. Sizes in bytes.
@@ -97,8 +102,8 @@ class DatabaseState:
 
     @property
     def target(self) -> str:
-        """This database among all there are: what is locked against a restore while it is worked on."""
-        return f"database {self.name} of server {self.server_id}"
+        """What is locked against a restore while it is worked on."""
+        return database_target(self.name, self.server_id)
 
 
 def inspect_database(access: ServerAccess, settings: Settings, *, database: str | None = None) -> DatabaseState:

@@ -227,3 +227,9 @@ def test_every_command_is_found_and_explained() -> None:
     assert sorted(group.cli.commands) == group.cli.list_commands(click.Context(group.cli))
     helped = kanbu("--help").stdout.decode()
     assert all(f"  {name} " in helped for name in group.cli.commands)
+
+
+def test_help_does_not_wait_for_dagster() -> None:
+    imported = kanbu("restore", "--help", PYTHONPROFILEIMPORTTIME="1").stderr.decode()
+    assert "click.core" in imported
+    assert not re.search(r"\| +dagster$", imported, re.MULTILINE)

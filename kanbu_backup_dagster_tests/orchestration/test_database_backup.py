@@ -21,7 +21,7 @@ from kanbu_backup_dagster.backup.catalog import Catalog
 from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.backup.keys import Keyring, derive_key
 from kanbu_backup_dagster.backup.landing import Origin, make_backup
-from kanbu_backup_dagster.backup.manifest import Manifest, VerificationStatus
+from kanbu_backup_dagster.backup.manifest import DatabaseProperties, Locale, Manifest, VerificationStatus
 from kanbu_backup_dagster.backup.reading import content, prove
 from kanbu_backup_dagster.backup.recipe import Recipe
 from kanbu_backup_dagster.cli.backups import storage_mark
@@ -221,6 +221,7 @@ def test_a_dump_that_is_not_whole_is_no_backup(tmp_path: Path, configure: Config
         estimated_bytes=0,
         roles=(),
         extensions=(),
+        properties=DatabaseProperties("owner", Locale("UTF8", "C", "C", "libc")),
     )
     recipe = Recipe(PostgresDump(DirectAccess(str(tmp_path), "16.1", "nowhere"), state, 1)).with_compression(1)
     storage = FolderStorage(store)
