@@ -24,18 +24,22 @@ from kanbu_backup_dagster.backup.manifest import DatabaseProperties
 from kanbu_backup_dagster.backup.reading import prove
 from kanbu_backup_dagster.errors import KanbuError, NotDrillableError, RestoreError, SettingsError, SourceError
 from kanbu_backup_dagster.restore.checks import check_database
-from kanbu_backup_dagster.restore.database import create_roles
 from kanbu_backup_dagster.restore.plan import missing_extensions, missing_roles, psql_problem, recorded_properties
 from kanbu_backup_dagster.restore.server import Server, find_databases, open_server, run
 from kanbu_backup_dagster.restore.staging import create_anew, drop_staging, load, read_head
 from kanbu_backup_dagster.schedule_file import Assertion
 from kanbu_backup_dagster.settings import PgMode, Settings
-from kanbu_backup_dagster.sources.commands import query, quote_identifier
+from kanbu_backup_dagster.sources.commands import query, quote_identifier, quote_literal
 from kanbu_backup_dagster.sources.embedded_postgres import EmbeddedPostgres
 from kanbu_backup_dagster.sources.server_binaries import find_server_binaries
 from kanbu_backup_dagster.storage.protocol import Storage
 
 _PREFIX = "kanbu_drill_"
+_ROLE_COMMENT = "made by kanbu-backup for a drill"
+_ROLES_SQL = f"""
+SELECT rolname AS name FROM pg_roles
+ WHERE shobj_description(oid, 'pg_authid') = {quote_literal(_ROLE_COMMENT)} AND NOT rolcanlogin
+"""
 
 
 @dataclass(frozen=True)
@@ -151,13 +155,15 @@ def drill(
     for name in [name for name in find_databases(server, settings) if name.startswith(_PREFIX)]:
         drop_staging(server, settings, name)
         tell(f"Removed what a killed drill left: {name}")
+    # It may be of use in this drill; at its end it goes.
+    roles_left = [row["name"] for row in query(server.access, settings, _ROLES_SQL, database=server.maintenance)]
     begun = time.monotonic()
     proven = prove(backup, storage, keys)
     head = read_head(backup, storage, keys)
     roles = tuple(missing_roles(server, backup))
     database = _PREFIX + secrets.token_hex(4)
     try:
-        create_roles(server, settings, roles)
+        _create_roles(server, settings, roles)
         different = create_anew(
             server, settings, database, recorded=_locale_alone(server, backup), encoding=head.encoding
         )
@@ -170,7 +176,7 @@ def drill(
         seconds = time.monotonic() - begun
         held = tuple(_assert(server, settings, database, assertion) for assertion in assertions)
     finally:
-        left = _clear_up(server, settings, database, roles)
+        left = _clear_up(server, settings, database, (*roles, *roles_left))
         for line in left:
             tell(line)
     rows = sum(checked.rows.values())
@@ -184,6 +190,16 @@ def _locale_alone(server: Server, backup: Backup) -> DatabaseProperties | None:
     """What can decide whether rows fit where they were, and in what order they are; the rest is not for a drill."""
     recorded = recorded_properties(backup)
     return DatabaseProperties(server.role, recorded.locale) if recorded is not None else None
+
+
+def _create_roles(server: Server, settings: Settings, roles: Sequence[str]) -> None:
+    """Create roles that cannot log in, marked, so that the next drill knows those of a killed one."""
+    if roles:
+        statements = [
+            f"CREATE ROLE {name} NOLOGIN; COMMENT ON ROLE {name} IS {quote_literal(_ROLE_COMMENT)};"
+            for name in map(quote_identifier, roles)
+        ]
+        run(server, settings, ["BEGIN;", *statements, "COMMIT;"])
 
 
 def _clear_up(server: Server, settings: Settings, database: str, roles: Sequence[str]) -> tuple[str, ...]:

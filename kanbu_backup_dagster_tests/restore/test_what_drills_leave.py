@@ -158,3 +158,29 @@ def test_what_a_drill_came_to_is_told_although_it_cannot_clear_up(
         assert any("cannot be dropped" in remark for remark in run_drill(good, told.append).remarks)
         assert server.psql(roles) == "0\n"
         clear_up_by_hand()
+
+
+def test_roles_of_a_killed_drill_go_with_the_next_and_those_of_others_stay(
+    configure: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = configure()
+    facts = FACTS.model_copy(update={"roles": ("only_for_a_while",)})
+    sleeping, good = (store_backup(store, Bytes(dump, facts)).filename for dump in (SLEEPING, LOADABLE))
+    with EmbeddedPostgres.temporary() as server:
+        server.psql("CREATE ROLE of_somebody; COMMENT ON ROLE of_somebody IS 'for reports'")
+        monkeypatch.setenv("BACKUP_DRILL_DATABASE_URL", server.url)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kanbu_backup_dagster.cli", "drill", sleeping],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+        try:
+            sleeps = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(600)%'"
+            wait_until(lambda: server.psql(sleeps) == "1\n", seconds=60)
+        finally:
+            process.kill()
+            process.wait()
+        roles = "SELECT rolname FROM pg_roles"
+        assert "only_for_a_while" in server.psql(roles), "there is something to remove"
+        assert run_drill(good, lambda line: None).remarks == ()
+        assert "only_for_a_while" not in server.psql(roles)
+        assert "of_somebody" in server.psql(roles)
