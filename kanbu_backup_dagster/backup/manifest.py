@@ -301,6 +301,11 @@ def parse_manifest(filename: str, content: bytes, keys: Keyring) -> Manifest:
         fields = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CorruptBackupError(f"The manifest {where} is not JSON: {error}.") from None
+    if b"\\u" in content:  # json.loads passes halves of a surrogate pair, which are no text
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise CorruptBackupError(f"The manifest {where} is not text: {error.reason}.") from None
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CorruptBackupError(

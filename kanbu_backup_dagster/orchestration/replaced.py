@@ -9,6 +9,7 @@ from __future__ import annotations
 from dagster import OpExecutionContext
 
 from kanbu_backup_dagster.backup.catalog import Backup
+from kanbu_backup_dagster.backup.manifest import Trigger
 from kanbu_backup_dagster.errors import KanbuError
 from kanbu_backup_dagster.restore.swap import drop_replaced
 from kanbu_backup_dagster.settings import Settings
@@ -23,6 +24,9 @@ def let_go_of_replaced(context: OpExecutionContext, settings: Settings, backup: 
     """
     facts = backup.manifest.database if backup.manifest is not None else None
     if backup.manifest is None or facts is None:
+        return
+    # It is made for a restore that may yet fail, which is to change nothing.
+    if backup.manifest.trigger is Trigger.PRE_RESTORE:
         return
     try:
         method = find_method(settings, database=facts.name)

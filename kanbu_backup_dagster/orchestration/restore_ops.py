@@ -29,7 +29,7 @@ from pydantic import Field
 from kanbu_backup_dagster.backup.catalog import Backup
 from kanbu_backup_dagster.backup.environment import Environment
 from kanbu_backup_dagster.backup.landing import Progress
-from kanbu_backup_dagster.errors import KanbuError
+from kanbu_backup_dagster.errors import KanbuError, RestoreError
 from kanbu_backup_dagster.orchestration.assets import DATABASE_BACKUP
 from kanbu_backup_dagster.orchestration.backup_ops import OtherDatabase, StoredBackup
 from kanbu_backup_dagster.orchestration.failures import explained
@@ -103,8 +103,15 @@ class Timed:
 def _take_part(context: OpExecutionContext, plan: RestorePlan, loaded: Environment, run_scope: RunScope) -> None:
     """Hold the target alone and the storage's files in place until the run ends, and owe it the staging database's end.
 
-    Each op asks, so that a run that is continued from a failed step is as safe as a whole one.
+    Raises:
+        RestoreError: The run continues another one.
     """
+    steps = context.run.step_keys_to_execute
+    if steps is not None and validate.name not in steps:
+        raise RestoreError(
+            "A restore is not continued: what was written since its pre-restore backup would be in no backup.",
+            advice="Nothing was replaced. Re-execute all of it, or start it anew.",
+        )
     run_scope.hold(plan.lock_name, exclusive=True)
     _, where = find_backup(plan.request, loaded.storage, loaded.keys)
     # The file restored and the pre-restore backup are not pruned meanwhile.
@@ -260,12 +267,13 @@ def swap(
     away = "unknown" if swapped.downtime_seconds is None else f"{swapped.downtime_seconds * 1000:.0f} ms"
     context.log.info(f"[Restore] {plan.target} is the restored database; the name was away for {away}")
     kept = swapped.replaced
-    if kept is not None and not is_kept(plan) and _doubt(saved) is None:
+    if kept is not None and _doubt(saved) is None:
         try:
-            drop_database(plan.server, loaded.settings, kept)
-            kept = None
+            if not is_kept(plan, loaded.settings, kept):
+                drop_database(plan.server, loaded.settings, kept)
+                kept = None
         except KanbuError as error:
-            context.log.warning(f"[Restore] The replaced database {kept} could not be dropped: {error}")
+            context.log.warning(f"[Restore] The replaced database {kept} is kept: {error}")
     if kept is not None:
         context.log.info(
             f"[Restore] What was replaced is kept as {kept} until {plan.target} has its first verified backup"

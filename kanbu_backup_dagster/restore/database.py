@@ -16,7 +16,7 @@ from kanbu_backup_dagster.backup.landing import Progress
 from kanbu_backup_dagster.backup.reading import prove
 from kanbu_backup_dagster.errors import RestoreError
 from kanbu_backup_dagster.restore.checks import Checked, check_database
-from kanbu_backup_dagster.restore.plan import RestorePlan, find_backup
+from kanbu_backup_dagster.restore.plan import RestorePlan, find_backup, is_empty
 from kanbu_backup_dagster.restore.server import Server, find_databases, run
 from kanbu_backup_dagster.restore.staging import (
     Loaded,
@@ -139,9 +139,18 @@ def swap_in(plan: RestorePlan, settings: Settings) -> Swapped:
     return replace(swapped, remarks=tuple(remarks))
 
 
-def is_kept(plan: RestorePlan) -> bool:
-    """Whether the replaced database stays until the restored one has a verified backup."""
-    return plan.request.keep_replaced and not plan.empty
+def is_kept(plan: RestorePlan, settings: Settings, replaced: str) -> bool:
+    """Whether the database that is called `replaced` now stays until the restored one has a verified backup.
+
+    One that was empty when the restore was planned, and of which there is no pre-restore backup, may have been written
+    to since.
+
+    Raises:
+        SourceError: It cannot be asked.
+    """
+    if plan.empty:
+        return not is_empty(plan.server, settings, replaced)
+    return plan.request.keep_replaced
 
 
 def abandon(plan: RestorePlan, settings: Settings) -> bool:

@@ -223,7 +223,8 @@ def _assert(server: Server, settings: Settings, database: str, assertion: Assert
         rows = query(server.access, settings, assertion.query.strip().rstrip(";"), database=database)
     except KanbuError as error:
         raise RestoreError(f"The assertion {assertion.name!r} could not be asked: {error.message}") from None
-    if [list(row.values()) for row in rows] != [[True]]:
+    answers = [list(row.values()) for row in rows]
+    if len(answers) != 1 or len(answers[0]) != 1 or answers[0][0] is not True:
         raise RestoreError(
             f"The assertion {assertion.name!r} does not hold in the restored database.",
             tried=(f"asked: {assertion.query.strip()}", f"answer: {rows}"),

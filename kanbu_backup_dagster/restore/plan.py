@@ -91,7 +91,7 @@ class RestorePlan:
         target: The database's name.
         live: That database as it is now; None when there is none.
         recorded: Where there is none: what the new one shall be like, as far as the manifest tells and the server can.
-        empty: Whether there is nothing in it to save.
+        empty: Whether there is nothing in it to save, as yet.
         server: Where it is.
         staging: The name of the database that will be loaded.
         missing_roles: Roles to be created first.
@@ -130,6 +130,16 @@ def look_at(server: Server, settings: Settings, database: str) -> Contents:
         SourceError: It cannot be asked.
     """
     return Contents(**query(server.access, settings, _CONTENTS_SQL, database=database)[0])
+
+
+def is_empty(server: Server, settings: Settings, database: str) -> bool:
+    """Whether nobody has made anything in `database`.
+
+    Raises:
+        SourceError: It cannot be asked.
+    """
+    empty: bool = query(server.access, settings, _IS_EMPTY_SQL, database=database)[0]["empty"]
+    return empty
 
 
 def find_backup(request: RestoreRequest, storage: Storage, keys: Keyring) -> tuple[Backup, Storage]:
@@ -249,9 +259,13 @@ def plan_restore(request: RestoreRequest, settings: Settings, storage: Storage, 
     problems = _server_problems(server, settings, live, backup)
     missing = missing_roles(server, backup)
     recorded, left_out = recorded_properties(backup) if live is None else None, list[str]()
-    if recorded is not None:
+    if live is not None:
+        left_out = fitted(live.properties, server)[1]
+    elif recorded is not None:
         if request.create_missing_roles:
-            missing += sorted(named_roles(recorded) - server.roles - set(missing))
+            # Names that begin so are the server's own: what another version has cannot be created.
+            named = {role for role in named_roles(recorded) if not role.startswith("pg_")}
+            missing += sorted(named - server.roles - set(missing))
         recorded, left_out = fitted(recorded, server, tuple(missing))
     if missing and not request.create_missing_roles:
         problems.append(
@@ -271,7 +285,7 @@ def plan_restore(request: RestoreRequest, settings: Settings, storage: Storage, 
         target=target,
         live=live,
         recorded=recorded,
-        empty=live is None or query(server.access, settings, _IS_EMPTY_SQL, database=target)[0]["empty"],
+        empty=live is None or is_empty(server, settings, target),
         server=server,
         staging=new_staging_name(target),
         missing_roles=tuple(missing),

@@ -59,25 +59,47 @@ def setting_statements(properties: DatabaseProperties, name: str) -> Iterator[st
             )
 
 
+def reset_statements(properties: DatabaseProperties, name: str) -> Iterator[str]:
+    """Statements that take all settings from the database `name`, which was given these."""
+    for role in {None, *(entry.role for entry in properties.settings)}:
+        whose = f"ROLE {quote_identifier(role)} IN " if role is not None else ""
+        yield f"ALTER {whose}DATABASE {quote_identifier(name)} RESET ALL;"
+
+
 def other_statements(properties: DatabaseProperties, name: str) -> Iterator[str]:
     """Statements that give grants, comment and connection limit to the database `name`."""
     target = quote_identifier(name)
     if properties.grants is not None:
         yield f"REVOKE ALL ON DATABASE {target} FROM PUBLIC;"
         yield f"REVOKE ALL ON DATABASE {target} FROM {quote_identifier(properties.owner)};"
-        # The owner's own grants first: those of others rest on them.
-        for grant in sorted(properties.grants, key=lambda grant: grant.grantor != properties.owner):
+        for grant in _in_order(properties):
             grantee = "PUBLIC" if grant.grantee is None else quote_identifier(grant.grantee)
             passing_on = " WITH GRANT OPTION" if grant.grantable else ""
             statement = f"GRANT {_privilege(grant)} ON DATABASE {target} TO {grantee}{passing_on};"
             if grant.grantor == properties.owner:
                 yield statement
             else:
-                yield f"SET ROLE {quote_identifier(grant.grantor)}; {statement} RESET ROLE;"
+                yield f"SET ROLE {quote_identifier(grant.grantor)}; {statement} SET ROLE NONE;"
     if properties.comment is not None:
         yield f"COMMENT ON DATABASE {target} IS {quote_literal(properties.comment)};"
     if properties.connection_limit != -1:
         yield f"ALTER DATABASE {target} CONNECTION LIMIT {int(properties.connection_limit)};"
+
+
+def _in_order(properties: DatabaseProperties) -> Iterator[Grant]:
+    """The grants, each after the one that its grantor had to have."""
+    waiting, may_grant = list(properties.grants or ()), set[tuple[str | None, str]]()
+    while waiting:
+        ready = [
+            grant
+            for grant in waiting
+            if grant.grantor == properties.owner or (grant.grantor, grant.privilege) in may_grant
+        ]
+        if not ready:
+            return
+        yield from ready
+        may_grant |= {(grant.grantee, grant.privilege) for grant in ready if grant.grantable}
+        waiting = [grant for grant in waiting if grant not in ready]
 
 
 def _privilege(grant: Grant) -> str:
@@ -109,9 +131,10 @@ def named_roles(properties: DatabaseProperties) -> set[str]:
 
 
 def fitted(
-    recorded: DatabaseProperties, server: Server, created: tuple[str, ...]
+    recorded: DatabaseProperties, server: Server, created: tuple[str, ...] = ()
 ) -> tuple[DatabaseProperties, list[str]]:
-    """Recorded properties, without what names a role or a parameter that `server` does not have.
+    """The properties without what our role cannot give again on `server`, or what names a role or a parameter that it
+    does not have.
 
     Args:
         created: Roles that will be created there.
@@ -138,12 +161,13 @@ def fitted(
             left_out.append(f"Not granted again: {grant.privilege} to {grant.grantee or 'all'}, by {grant.grantor}.")
         else:
             grants.append(replace(grant, grantor=grantor, grantee=grantee))
-    known, settings = {name.lower() for name in server.settings}, []
+    # pg_settings does not list `role`.
+    known, settings = {"role", *(name.lower() for name in server.settings)}, []
     for entry in recorded.settings:
         kept = []
         for assignment in entry.settings:
             parameter = assignment.partition("=")[0]
-            if (entry.role is None or entry.role in roles) and parameter.lower() in known:
+            if (entry.role is None or entry.role in roles) and (parameter.lower() in known or "." in parameter):
                 kept.append(assignment)
             else:
                 left_out.append(f"Not set again: {parameter}{f', of the role {entry.role}' if entry.role else ''}.")

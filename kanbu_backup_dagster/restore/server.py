@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kanbu_backup_dagster.backup.manifest import DatabaseProperties
-from kanbu_backup_dagster.errors import KanbuError, SourceError
+from kanbu_backup_dagster.errors import KanbuError, RestoreError, SourceError
 from kanbu_backup_dagster.settings import Settings
 from kanbu_backup_dagster.sources.commands import ServerAccess, execute, query
 from kanbu_backup_dagster.sources.postgres import PROPERTIES_SQL, find_method, read_properties
+
+LONGEST_NAME_BYTES = 63
+"""Of any name: the server cuts longer ones off (NAMEDATALEN)."""
 
 # A database cannot be renamed by who is connected to it, so all this goes through one that every server has.
 _MAINTENANCE_DATABASES = ("postgres", "template1")
@@ -22,23 +25,29 @@ _MAINTENANCE_DATABASES = ("postgres", "template1")
 # The first minor releases whose psql knows \restrict (August 2025, CVE-2025-8714).
 _RESTRICT_SINCE = {13: 22, 14: 19, 15: 14, 16: 10, 17: 6}
 
-UNHINDERED = "SET statement_timeout = 0; SET default_transaction_read_only = off;"
-"""What a database or role may be set to for the sake of its usual requests, which ours are not."""
 
-_SERVER_SQL = """
+def _may_act_as(oid: str) -> str:
+    """SQL: whether our role has the rights of that role, and may make things belong to it: two things since 16."""
+    return f"""
+  pg_has_role({oid}, 'USAGE') AND CASE WHEN current_setting('server_version_num')::int >= 160000
+                                       THEN pg_has_role({oid}, 'SET') ELSE pg_has_role({oid}, 'MEMBER') END"""
+
+
+_SERVER_SQL = f"""
 SELECT current_user AS role, rolsuper AS superuser, rolsuper OR rolcreatedb AS creates_databases,
        rolsuper OR rolcreaterole AS creates_roles,
        current_setting('server_version_num')::int AS version_number,
        (SELECT setting FROM pg_settings WHERE name = 'data_directory') AS data_directory,
        (SELECT json_agg(rolname) FROM pg_roles) AS roles,
-       (SELECT json_agg(rolname) FROM pg_roles WHERE pg_has_role(oid, 'MEMBER')) AS assumable_roles,
+       (SELECT json_agg(rolname) FROM pg_roles WHERE {_may_act_as("oid")}) AS assumable_roles,
        (SELECT json_agg(name) FROM pg_available_extensions) AS extensions,
        (SELECT json_agg(name) FROM pg_settings) AS settings
   FROM pg_roles WHERE rolname = current_user
 """
 
 _DATABASES_SQL = f"""
-SELECT d.oid::bigint AS oid, d.datname AS name, pg_has_role(d.datdba, 'MEMBER') AS is_owner,
+SELECT d.oid::bigint AS oid, d.datname AS name,
+       {_may_act_as("d.datdba")} AS is_owner,
        {PROPERTIES_SQL} AS properties, t.spcname AS tablespace, d.datistemplate AS is_template,
        (SELECT coalesce(json_agg(gid), '[]') FROM pg_prepared_xacts WHERE database = d.datname) AS prepared
   FROM pg_database d JOIN pg_tablespace t ON t.oid = d.dattablespace
@@ -58,7 +67,7 @@ class Server:
         role: Who we are there.
         superuser, creates_databases, creates_roles: What that role may do.
         roles: All roles.
-        assumable_roles: Those that our role may act as.
+        assumable_roles: Those whose rights our role has, and that it may make things belong to.
         extensions: Extensions that can be created.
         settings: Parameters it knows.
         data_directory: Where its data are, if our role may know.
@@ -90,7 +99,7 @@ class Database:
     """A database that is there.
 
     Attributes:
-        is_owner: Whether our role is, or is a member of, its owner.
+        is_owner: Whether our role has its owner's rights, and may make things belong to it.
         properties: What belongs to the database itself.
         tablespace, is_template: Likewise, but of use on this server alone.
         prepared: Names of the transactions prepared in it.
@@ -113,6 +122,7 @@ def open_server(settings: Settings, *, target: str | None = None) -> tuple[Serve
 
     Raises:
         KanbuError: There is no way to it.
+        RestoreError: No database can have that name.
     """
     first_error: KanbuError | None = None
     for maintenance in _MAINTENANCE_DATABASES:
@@ -122,6 +132,10 @@ def open_server(settings: Settings, *, target: str | None = None) -> tuple[Serve
             first_error = first_error or error
             continue
         name = target or method.access.connection(settings).database
+        if len(name.encode()) > LONGEST_NAME_BYTES:
+            raise RestoreError(
+                f"The name {name!r} is longer than a database's name can be, {LONGEST_NAME_BYTES} bytes."
+            )
         if name == maintenance:  # it will be renamed, and nobody may be connected to it then
             continue
         row = query(method.access, settings, _SERVER_SQL, database=maintenance)[0]
@@ -184,7 +198,7 @@ def run_in(server: Server, settings: Settings, database: str, statements: Sequen
     Raises:
         SourceError: One failed, and none after it was run.
     """
-    return execute(server.access, settings, "\n".join([UNHINDERED, *statements, ""]), database=database)
+    return execute(server.access, settings, "\n".join([*statements, ""]), database=database)
 
 
 def knows_restrict(psql_version: str) -> bool:

@@ -24,11 +24,12 @@ from kanbu_backup_dagster.backup.reading import beginning, content
 from kanbu_backup_dagster.backup.sql_dump import DumpFindings, DumpScanner, PsqlInputFilter
 from kanbu_backup_dagster.backup.stages import decompress
 from kanbu_backup_dagster.errors import CorruptBackupError, RestoreError, SourceError
-from kanbu_backup_dagster.restore.properties import locale_options, setting_statements
-from kanbu_backup_dagster.restore.server import UNHINDERED, Database, Server, find_databases, run, run_in
+from kanbu_backup_dagster.restore.properties import locale_options, reset_statements, setting_statements
+from kanbu_backup_dagster.restore.server import Database, Server, find_databases, run, run_in
 from kanbu_backup_dagster.settings import Settings
 from kanbu_backup_dagster.sources.commands import (
     PSQL_OPTIONS,
+    UNHINDERED,
     Process,
     ServerAccess,
     query,
@@ -46,11 +47,12 @@ _SUBSCRIPTIONS_SQL = (
 _HEAD_BYTES = 1 << 14
 _PSQL_LINE = re.compile(r"^psql:<stdin>:(\d+): ", re.MULTILINE)
 
+# First what a database may be set to that gives the same text another meaning, and that a dump does not set back.
 # Each statement of a dump is a transaction; waiting for each to reach the disk is of no use before the swap, whose own
 # commit brings everything before it to disk. Most of what is not COPY is sorting for indexes, which takes longer with
 # the usual 64 MB.
 _SESSION = (
-    f"{UNHINDERED} SET synchronous_commit = off; "
+    f"{UNHINDERED} SET array_nulls = on; SET transform_null_equals = off; SET synchronous_commit = off; "
     "SELECT pg_catalog.set_config('maintenance_work_mem', '256MB', false) "
     "WHERE pg_catalog.pg_size_bytes(pg_catalog.current_setting('maintenance_work_mem')) < 256 * 1024 * 1024;"
 )
@@ -86,7 +88,11 @@ def create_staging(server: Server, settings: Settings, name: str, *, like: Datab
     options = [f"OWNER {quote_identifier(like.properties.owner)}", *locale_options(like.properties.locale, server)]
     if like.tablespace != "pg_default":  # to name the default one needs a privilege on it
         options.append(f"TABLESPACE {quote_identifier(like.tablespace)}")
-    run(server, settings, [_creation(name, options), *setting_statements(like.properties, name)])
+    run(
+        server,
+        settings,
+        [_creation(name, options), *setting_statements(like.properties, name), *_without_event_triggers(server, name)],
+    )
 
 
 def create_anew(
@@ -105,22 +111,35 @@ def create_anew(
         SourceError: The server refused.
     """
     in_encoding = _in_encoding(server, settings, encoding)
+    different = []
     if recorded is None:
         run(server, settings, [_creation(name, in_encoding)])
-        return []
-    different = []
-    owner = f"OWNER {quote_identifier(recorded.owner)}"
-    try:
-        run(server, settings, [_creation(name, [owner, *locale_options(recorded.locale, server)])])
-    except SourceError as error:
-        run(server, settings, [_creation(name, [owner, *in_encoding])])
-        different.append(f"Made without the locale {recorded.locale.description}: {error.message}")
-    for statement in setting_statements(recorded, name):
+    else:
+        owner = f"OWNER {quote_identifier(recorded.owner)}"
         try:
-            run(server, settings, [statement])
+            run(server, settings, [_creation(name, [owner, *locale_options(recorded.locale, server)])])
         except SourceError as error:
-            different.append(f"Not set again: {error.message}")
+            run(server, settings, [_creation(name, [owner, *in_encoding])])
+            different.append(f"Made without the locale {recorded.locale.description}: {error.message}")
+        for statement in setting_statements(recorded, name):
+            try:
+                run(server, settings, [statement])
+            except SourceError as error:
+                different.append(f"Not set again: {error.message}")
+        try:
+            run_in(server, settings, name, ["SELECT;"])
+        except SourceError as error:
+            # As a library to be loaded at the beginning of each session, which is not on this machine.
+            run(server, settings, list(reset_statements(recorded, name)))
+            different.append(f"None of the settings are set again, since nobody could connect: {error.message}")
+    run(server, settings, list(_without_event_triggers(server, name)))
     return different
+
+
+def _without_event_triggers(server: Server, name: str) -> Iterator[str]:
+    """One that is fired by a login would have its say in what is compared; `swap.dress` takes this back."""
+    if server.superuser and "event_triggers" in server.settings:  # since 17
+        yield f"ALTER DATABASE {quote_identifier(name)} SET event_triggers = off;"
 
 
 def _in_encoding(server: Server, settings: Settings, encoding: str | None) -> list[str]:
@@ -155,10 +174,16 @@ def drop_staging(server: Server, settings: Settings, name: str) -> None:
     Raises:
         SourceError: The server refused.
     """
-    if name in find_databases(server, settings):
-        # A database with subscriptions cannot be dropped. These came from the dump and never had a slot of their own:
-        # the one they name belongs to the live database's.
-        for row in query(server.access, settings, _SUBSCRIPTIONS_SQL, database=name):
+    try:
+        drop_database(server, settings, name)
+    except SourceError as refused:
+        # Nobody may be able to connect to it, so that is not tried first. But one with subscriptions cannot be dropped.
+        # These came from the dump and never had a slot of their own: the one they name belongs to the live database's.
+        try:
+            subscriptions = query(server.access, settings, _SUBSCRIPTIONS_SQL, database=name)
+        except SourceError:
+            raise refused from None
+        for row in subscriptions:
             subscription = quote_identifier(row["subname"])
             statements = [
                 f"ALTER SUBSCRIPTION {subscription} DISABLE;",

@@ -23,13 +23,20 @@ from itertools import chain, count
 
 from kanbu_backup_dagster.backup.manifest import DatabaseProperties
 from kanbu_backup_dagster.errors import KanbuError, RestoreError, SourceError
-from kanbu_backup_dagster.restore.properties import other_statements
-from kanbu_backup_dagster.restore.server import Database, Server, databases_of, find_databases, open_server, run
+from kanbu_backup_dagster.restore.properties import fitted, other_statements, reset_statements, setting_statements
+from kanbu_backup_dagster.restore.server import (
+    LONGEST_NAME_BYTES,
+    Database,
+    Server,
+    databases_of,
+    find_databases,
+    open_server,
+    run,
+)
 from kanbu_backup_dagster.restore.staging import drop_database
 from kanbu_backup_dagster.settings import Settings
-from kanbu_backup_dagster.sources.commands import ServerAccess, query, quote_identifier, quote_literal
+from kanbu_backup_dagster.sources.commands import UNHINDERED, ServerAccess, query, quote_identifier, quote_literal
 
-_LONGEST_NAME_BYTES = 63
 _REPLACED = "_replaced_"
 _DATED_SUFFIX = f"{_REPLACED}%Y%m%d_%H%M%S"
 _COMMENT_PREFIX = "kanbu-backup "
@@ -55,16 +62,26 @@ class Swapped:
 
 
 def dress(server: Server, settings: Settings, staging: str, *, like: Database) -> None:
-    """Give the staging database what else belongs to the one it replaces: grants, comment, connection limit.
+    """Give the staging database what else belongs to the one it replaces, as that is now: grants, comment, connection
+    limit; and owner and settings, should they have changed since `like` was looked at.
 
     Raises:
         SourceError: The server refused.
     """
-    statements = list(other_statements(like.properties, staging))
-    if like.is_template:
+    now = find_databases(server, settings).get(like.name, like)
+    properties, _ = fitted(now.properties, server)
+    statements = [
+        *reset_statements(like.properties, staging),
+        *setting_statements(properties, staging),
+        *other_statements(properties, staging),
+    ]
+    if properties.owner != like.properties.owner:
+        statements.insert(
+            0, f"ALTER DATABASE {quote_identifier(staging)} OWNER TO {quote_identifier(properties.owner)};"
+        )
+    if now.is_template:
         statements.append(f"ALTER DATABASE {quote_identifier(staging)} IS_TEMPLATE true;")
-    if statements:
-        run(server, settings, statements)
+    run(server, settings, statements)
 
 
 def dress_anew(server: Server, settings: Settings, staging: str, *, recorded: DatabaseProperties) -> list[str]:
@@ -74,6 +91,8 @@ def dress_anew(server: Server, settings: Settings, staging: str, *, recorded: Da
         A line about each thing that the server refused: what is restored matters more.
     """
     different = []
+    if server.superuser and "event_triggers" in server.settings:
+        run(server, settings, [f"ALTER DATABASE {quote_identifier(staging)} RESET event_triggers;"])
     for statement in other_statements(recorded, staging):
         try:
             run(server, settings, [statement])
@@ -110,7 +129,7 @@ def swap(
     with server.access.start(
         settings,
         "psql",
-        ["--no-psqlrc", "--no-password", "--quiet", "--file=-"],
+        ["--no-psqlrc", "--no-password", "--quiet", "--output=/dev/null", "--file=-"],
         database=server.maintenance,
         feeds=True,
     ) as ender:
@@ -143,7 +162,7 @@ def _dated_name(target: str, taken: Container[str]) -> str:
     dated = datetime.now(timezone.utc).strftime(_DATED_SUFFIX)
     # Two restores within one second.
     for suffix in chain([dated], (f"{dated}_{number}" for number in count(2))):
-        name = target.encode()[: _LONGEST_NAME_BYTES - len(suffix)].decode(errors="ignore") + suffix
+        name = target.encode()[: LONGEST_NAME_BYTES - len(suffix)].decode(errors="ignore") + suffix
         if name not in taken:
             break
     return name
@@ -191,6 +210,7 @@ def _ending_script(oids: list[int], key: int) -> str:
     A session that our role may not end is named in a warning, and the renaming gives up on it.
     """
     return f"""
+{UNHINDERED}
 DO $$
 DECLARE
   began timestamptz := clock_timestamp();

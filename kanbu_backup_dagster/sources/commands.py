@@ -237,11 +237,21 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
-# Whatever the database's own encoding. One that has none (SQL_ASCII) passes bytes as they are, and refuses those that
-# are no UTF-8 to a client that wants it.
-_IN_UTF8 = (
-    "DO $$ BEGIN PERFORM pg_catalog.set_config('client_encoding', CASE pg_catalog.current_setting('server_encoding') "
-    "WHEN 'SQL_ASCII' THEN 'SQL_ASCII' ELSE 'UTF8' END, false); END $$;"
+# Without DO: a database need not have PL/pgSQL. None of these gives a row.
+UNHINDERED = (
+    "SELECT 1 FROM pg_catalog.unnest(ARRAY['statement_timeout', 'lock_timeout', 'transaction_timeout', "
+    "'idle_session_timeout', 'idle_in_transaction_session_timeout']) AS name WHERE CASE WHEN "
+    "pg_catalog.current_setting(name, true) IS NOT NULL THEN pg_catalog.set_config(name, '0', false) IS NULL END; "
+    "SET ROLE NONE; SET default_transaction_read_only = off;"
+)
+"""Undoes what a database or role may be set to for the sake of its usual requests, which ours are not."""
+
+# In UTF-8, whatever the database's own encoding. One that has none (SQL_ASCII) passes bytes as they are, and refuses
+# those that are no UTF-8 to a client that wants it.
+_PREPARATION = (
+    f"{UNHINDERED} SELECT 1 FROM pg_catalog.set_config('client_encoding', "
+    "CASE pg_catalog.current_setting('server_encoding') WHEN 'SQL_ASCII' THEN 'SQL_ASCII' ELSE 'UTF8' END, false) "
+    "AS it WHERE it IS NULL;"
 )
 
 
@@ -249,11 +259,11 @@ def query(access: ServerAccess, settings: Settings, sql: str, *, database: str |
     """The rows of one SELECT, each as a dictionary.
 
     Raises:
-        SourceError: The server could not be asked; holds its own words.
+        SourceError: The server could not be asked, and holds its own words; or two columns have one name.
     """
     # JSON: the one output of psql that survives every character a name may hold.
-    statement = f"SELECT coalesce(json_agg(r), '[]') FROM ({sql}) r"
-    arguments = [*PSQL_OPTIONS, *_BARE_ROWS, "--command", _IN_UTF8, "--command", statement]
+    statement = f"SELECT coalesce(json_agg(r), '[]') FROM ({sql}\n) r"
+    arguments = [*PSQL_OPTIONS, *_BARE_ROWS, "--command", _PREPARATION, "--command", statement]
     with access.start(settings, "psql", arguments, database=database) as process:
         output = b"".join(process.chunks())
         status = process.wait()
@@ -261,8 +271,15 @@ def query(access: ServerAccess, settings: Settings, sql: str, *, database: str |
         raise SourceError(
             f"The database cannot be asked ({access.description}): {process.stderr or f'psql ended with {status}'}"
         )
-    rows: list[dict[str, Any]] = json.loads(output.decode(errors="surrogateescape"))
+    rows: list[dict[str, Any]] = json.loads(output.decode(errors="surrogateescape"), object_pairs_hook=_without_twins)
     return rows
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise SourceError("Two columns of the answer have one name.", advice="Give them names (AS), or ask for one.")
+    return found
 
 
 def execute(access: ServerAccess, settings: Settings, script: str, *, database: str | None = None) -> str:
@@ -280,7 +297,7 @@ def execute(access: ServerAccess, settings: Settings, script: str, *, database: 
     arguments = [*PSQL_OPTIONS, *_BARE_ROWS, "--file=-"]
     with access.start(settings, "psql", arguments, database=database, feeds=True) as process:
         try:
-            process.write(f"{_IN_UTF8}\n{script}".encode(errors="surrogateescape"))
+            process.write(f"{_PREPARATION}\n{script}".encode(errors="surrogateescape"))
         except BrokenPipeError:
             status = process.wait()
         else:

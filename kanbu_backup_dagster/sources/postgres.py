@@ -310,7 +310,7 @@ class OpenDump:
             pg_dump_version=self._dump.access.client_version,
             mode=self._dump.access.mode,
             size_bytes=state.size_bytes,
-            roles=state.roles,
+            roles=tuple(filter(_is_text, state.roles)),
             extensions=dict(state.extensions),
             rows=self._rows,
             properties=_recordable(state.properties),

@@ -9,10 +9,14 @@ import pytest
 from dagster import AssetCheckKey, AssetKey
 
 from kanbu_backup_dagster.backup.catalog import Catalog
+from kanbu_backup_dagster.backup.environment import load_environment
 from kanbu_backup_dagster.errors import BackupNotFoundError, NotDrillableError, RestoreError, SettingsError
 from kanbu_backup_dagster.orchestration.dagster_home import open_instance
 from kanbu_backup_dagster.orchestration.drill_ops import RESTORABLE
 from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
+from kanbu_backup_dagster.restore.drill import drill as restore_drill
+from kanbu_backup_dagster.restore.drill import drill_server
+from kanbu_backup_dagster.schedule_file import Assertion
 from kanbu_backup_dagster_tests.restore.conftest import Bench, in_each_mode
 
 CONFIG = """
@@ -136,3 +140,33 @@ def test_what_is_not_proven_fails_and_says_why(bench: Bench, monkeypatch: pytest
     assert "Not drillable" in str(outcome.error)
     assert verdict(file) is False
     assert drill_leftovers(bench) == ""
+
+
+@pytest.mark.parametrize(
+    ("query", "holds"),
+    [
+        ("SELECT count(*) > 0 FROM users -- everybody", True),
+        ("SELECT count(*) > 0 FROM users;", True),
+        ("SELECT 1", False),
+        ("SELECT 't'", False),
+        ("SELECT NULL::boolean", False),
+        ("SELECT true, true", False),
+        ("SELECT false AS it, true AS it", False),
+        ("SELECT true FROM generate_series(1, 2)", False),
+        ("SELECT true WHERE false", False),
+    ],
+)
+def test_an_assertion_holds_when_its_one_answer_is_true(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, query: str, holds: bool
+) -> None:
+    monkeypatch.setenv("BACKUP_DRILL_DATABASE_URL", bench.url)
+    file = bench.backup().filename
+    here = load_environment()
+    backup = here.catalog.get(file)
+    with drill_server(here.settings, backup) as (server, settings):
+        arguments = (backup, here.storage, here.keys, server, settings, [Assertion(name="it", query=query)])
+        if holds:
+            assert restore_drill(*arguments).assertions == ("it",)
+        else:
+            with pytest.raises(RestoreError, match="The assertion 'it'"):
+                restore_drill(*arguments)

@@ -157,10 +157,15 @@ def test_what_is_no_text_does_not_keep_a_backup_from_being_made(
     server.psql(f"DROP DATABASE {name}; CREATE DATABASE {name} TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'")
     bench = make_bench(newest_postgres, url, tmp_path / "storage", monkeypatch)
     bench.sql(f"COMMENT ON DATABASE {name} IS E'caf\\xe9'; CREATE TABLE t AS SELECT 1 AS n")
+    bench.sql("DO $$ BEGIN EXECUTE format('CREATE ROLE %I', E'caf\\xe9'); END $$")
+    bench.sql("DO $$ BEGIN EXECUTE format('GRANT SELECT ON t TO %I', E'caf\\xe9'); END $$")
     manifest = bench.backup()
+    bench.sql("DO $$ BEGIN EXECUTE format('DROP OWNED BY %1$I; DROP ROLE %1$I', E'caf\\xe9'); END $$")
+    assert manifest.database is not None
+    assert manifest.database.roles == ("kanbu",)
     assert properties_of(manifest).comment is None
     assert properties_of(manifest).locale.encoding == "SQL_ASCII"
-    bench.restore(manifest.filename)
+    bench.restore(bench.backup().filename)
     assert bench.sql("SELECT n FROM t") == "1\n"
     drop_what_restores_left(bench)
 

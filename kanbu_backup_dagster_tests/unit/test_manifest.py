@@ -96,6 +96,13 @@ def test_a_newer_format_is_refused_politely() -> None:
         parse_manifest(NAME, newer, Keyring())
 
 
+def test_half_a_surrogate_pair_is_no_text() -> None:
+    edited = a_manifest().to_json(None).replace(b'"run_id": "', b'"run_id": "\\ud800')
+    assert edited != a_manifest().to_json(None)
+    with pytest.raises(CorruptBackupError, match=r"manifest\.json is not text"):
+        parse_manifest(NAME, edited, Keyring())
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format_version": 1}', b'"x"', b"[" * 100_000]
 )
