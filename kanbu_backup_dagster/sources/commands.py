@@ -237,22 +237,33 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
-# Without DO: a database need not have PL/pgSQL. None of these gives a row.
-UNHINDERED = (
-    "SELECT 1 FROM pg_catalog.unnest(ARRAY['statement_timeout', 'lock_timeout', 'transaction_timeout', "
-    "'idle_session_timeout', 'idle_in_transaction_session_timeout']) AS name WHERE CASE WHEN "
-    "pg_catalog.current_setting(name, true) IS NOT NULL THEN pg_catalog.set_config(name, '0', false) IS NULL END; "
-    "SET ROLE NONE; SET default_transaction_read_only = off;"
-)
-"""Undoes what a database or role may be set to for the sake of its usual requests, which ours are not."""
+def _unhindered(*, local: bool) -> str:
+    """Statements that undo what a database or role may be set to for its usual requests, which ours are not.
 
-# In UTF-8, whatever the database's own encoding. One that has none (SQL_ASCII) passes bytes as they are, and refuses
-# those that are no UTF-8 to a client that wants it.
-_PREPARATION = (
-    f"{UNHINDERED} SELECT 1 FROM pg_catalog.set_config('client_encoding', "
-    "CASE pg_catalog.current_setting('server_encoding') WHEN 'SQL_ASCII' THEN 'SQL_ASCII' ELSE 'UTF8' END, false) "
-    "AS it WHERE it IS NULL;"
-)
+    They give no row, and need no PL/pgSQL, which a database need not have.
+
+    Args:
+        local: For one transaction. Behind a pooler, a session's settings would stay with whoever comes next.
+    """
+    return (
+        "SELECT 1 FROM pg_catalog.unnest(ARRAY['statement_timeout', 'lock_timeout', 'transaction_timeout', "
+        "'idle_session_timeout', 'idle_in_transaction_session_timeout']) AS name WHERE CASE WHEN "
+        "pg_catalog.current_setting(name, true) IS NOT NULL "
+        f"THEN pg_catalog.set_config(name, '0', {local}) IS NULL END; SET {'LOCAL' if local else 'SESSION'} ROLE NONE; "
+    )
+
+
+def _in_utf8(*, local: bool) -> str:
+    # Whatever the database's own encoding. One that has none (SQL_ASCII) passes bytes as they are, and refuses those
+    # that are no UTF-8 to a client that wants it.
+    return (
+        "SELECT 1 FROM pg_catalog.set_config('client_encoding', CASE pg_catalog.current_setting('server_encoding') "
+        f"WHEN 'SQL_ASCII' THEN 'SQL_ASCII' ELSE 'UTF8' END, {local}) AS it WHERE it IS NULL;"
+    )
+
+
+UNHINDERED = f"{_unhindered(local=False)}SET default_transaction_read_only = off;"
+"""The same for a session that may write."""
 
 
 def query(access: ServerAccess, settings: Settings, sql: str, *, database: str | None = None) -> list[dict[str, Any]]:
@@ -263,7 +274,8 @@ def query(access: ServerAccess, settings: Settings, sql: str, *, database: str |
     """
     # JSON: the one output of psql that survives every character a name may hold.
     statement = f"SELECT coalesce(json_agg(r), '[]') FROM ({sql}\n) r"
-    arguments = [*PSQL_OPTIONS, *_BARE_ROWS, "--command", _PREPARATION, "--command", statement]
+    preparation = f"{_unhindered(local=True)}{_in_utf8(local=True)}"
+    arguments = [*PSQL_OPTIONS, *_BARE_ROWS, "--single-transaction", "--command", preparation, "--command", statement]
     with access.start(settings, "psql", arguments, database=database) as process:
         output = b"".join(process.chunks())
         status = process.wait()
@@ -297,7 +309,7 @@ def execute(access: ServerAccess, settings: Settings, script: str, *, database: 
     arguments = [*PSQL_OPTIONS, *_BARE_ROWS, "--file=-"]
     with access.start(settings, "psql", arguments, database=database, feeds=True) as process:
         try:
-            process.write(f"{_PREPARATION}\n{script}".encode(errors="surrogateescape"))
+            process.write(f"{UNHINDERED} {_in_utf8(local=False)}\n{script}".encode(errors="surrogateescape"))
         except BrokenPipeError:
             status = process.wait()
         else:

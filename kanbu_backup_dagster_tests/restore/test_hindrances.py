@@ -18,6 +18,8 @@ from kanbu_backup_dagster.restore.database import check_staging, load_staging, s
 from kanbu_backup_dagster.restore.plan import RestoreRequest, plan_restore
 from kanbu_backup_dagster.restore.staging import staging_prefix
 from kanbu_backup_dagster.settings import load_settings
+from kanbu_backup_dagster.sources.commands import LocalProcess, query
+from kanbu_backup_dagster.sources.postgres import find_method
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
 from kanbu_backup_dagster_tests.restore.conftest import Bench, drop_what_restores_left, make_bench
 
@@ -325,3 +327,22 @@ def test_a_name_that_would_be_cut_off_is_refused(bench: Bench) -> None:
     long = "n" * 64
     with pytest.raises(RestoreError, match="longer than a database's name can be, 63 bytes"):
         bench.plan(file, target_database=long, confirm_target=long)
+
+
+def test_a_question_is_unhindered_and_leaves_nothing_behind_in_its_session(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a pooler, the session is the next one's."""
+    bench.sql(f"ALTER DATABASE {bench.name} SET statement_timeout TO '7s'")
+    bench.sql(f"ALTER DATABASE {bench.name} SET role TO pg_monitor")
+    access = find_method(bench.settings).access
+    sql = "SELECT current_setting('statement_timeout') AS timeout, current_user::text AS who"
+    assert query(access, bench.settings, sql) == [{"timeout": "0", "who": "kanbu"}]
+    # What a session that goes on finds: psql's next command, after the one transaction of the question.
+    process = LocalProcess.__init__
+
+    def go_on(self: LocalProcess, command: Any, environment: Any, **options: Any) -> None:
+        process(self, [word for word in command if word != "--single-transaction"], environment, **options)
+
+    monkeypatch.setattr(LocalProcess, "__init__", go_on)
+    assert query(access, bench.settings, sql) == [{"timeout": "7s", "who": "pg_monitor"}]
