@@ -9,6 +9,7 @@ Until `swap_in` nothing but the staging database and missing roles was touched; 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from kanbu_backup_dagster.backup.keys import Keyring
@@ -58,7 +59,14 @@ def load_staging(
     backup, storage = find_backup(plan.request, storage, keys)
     for name in drop_leftovers(plan.server, settings, plan.target):
         tell(f"Removed what a killed restore left: {name}")
-    proven = prove(backup, storage, keys, on_bytes=on_checked)
+    # One that replaces none needs the first lines of the dump, which are not to be believed before all of it is proven.
+    with ThreadPoolExecutor(1, "staging") as beside:
+        making = None
+        if plan.live is not None:
+            making = beside.submit(create_staging, plan.server, settings, plan.staging, like=plan.live)
+        proven = prove(backup, storage, keys, on_bytes=on_checked)
+        if making is not None:
+            making.result()
     head = read_head(backup, storage, keys)
     if head.creates_database:
         raise RestoreError(
@@ -69,9 +77,7 @@ def load_staging(
     for role in plan.missing_roles:
         tell(f"Created the role {role}, which cannot log in")
     remarks = []
-    if plan.live is not None:
-        create_staging(plan.server, settings, plan.staging, like=plan.live)
-    else:
+    if plan.live is None:
         remarks = create_anew(plan.server, settings, plan.staging, recorded=plan.recorded, encoding=head.encoding)
     loaded = load(
         backup,
