@@ -25,7 +25,7 @@ demo-stop: .venv/embedded
 	@$(BIN)/python demo/run.py --stop
 
 test: .venv/dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/dev
 	$(BIN)/ruff check .
