@@ -109,7 +109,7 @@ def picture(top: Path) -> dict[bytes, tuple[object, ...]]:
             content: object = None
             if stat.S_ISREG(status.st_mode):
                 inodes.setdefault(status.st_ino, []).append(path[len(root) :])
-                # In units of 64 KiB: a file system may take a block of its own for the list of a file's extents, or not.
+                # In units of 64 KiB: a file system may take a block of its own for the list of extents, or not.
                 content = (inodes[status.st_ino], status.st_size, status.st_blocks // 128, _digest(path))
             elif stat.S_ISLNK(status.st_mode):
                 content = os.readlink(path)
