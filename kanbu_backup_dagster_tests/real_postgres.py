@@ -114,11 +114,11 @@ class PostgresForTest:
         return re.sub(r"(?m)^\\(un)?restrict .*\n", "", text)
 
     def drop_databases(self) -> None:
-        """Drop what `database` and `sample_database` created, ending connections to it."""
+        """Drop what `database` and `sample_database` created, and what restores of it replaced, ending connections."""
         if self._databases:
-            self.server.psql(
-                "\n".join(f"DROP DATABASE IF EXISTS {quote_identifier(name)} WITH (FORCE);" for name in self._databases)
-            )
+            found = self.server.psql("SELECT datname FROM pg_database").splitlines()
+            ours = [name for name in found if name.startswith(tuple(self._databases))]
+            self.server.psql("\n".join(f"DROP DATABASE {quote_identifier(name)} WITH (FORCE);" for name in ours))
             self._databases.clear()
 
     def _new_name(self) -> str:

@@ -109,8 +109,8 @@ def picture(top: Path) -> dict[bytes, tuple[object, ...]]:
             content: object = None
             if stat.S_ISREG(status.st_mode):
                 inodes.setdefault(status.st_ino, []).append(path[len(root) :])
-                # In units of 64 KiB: a file system may take a block of its own for the list of extents, or not.
-                content = (inodes[status.st_ino], status.st_size, status.st_blocks // 128, _digest(path))
+                digest = _digest(path)
+                content = (inodes[status.st_ino], status.st_size, os.lstat(path).st_blocks, digest)
             elif stat.S_ISLNK(status.st_mode):
                 content = os.readlink(path)
             seen[path[len(root) :]] = (
@@ -126,6 +126,8 @@ def picture(top: Path) -> dict[bytes, tuple[object, ...]]:
 def _digest(path: bytes) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
+        # How many blocks it takes is settled when it has reached the disk, the list of its extents included.
+        os.fsync(file.fileno())
         while data := file.read(1 << 20):
             digest.update(data)
     return digest.hexdigest()

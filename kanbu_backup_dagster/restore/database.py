@@ -59,7 +59,8 @@ def load_staging(
     backup, storage = find_backup(plan.request, storage, keys)
     for name in drop_leftovers(plan.server, settings, plan.target):
         tell(f"Removed what a killed restore left: {name}")
-    # One that replaces none needs the first lines of the dump, which are not to be believed before all of it is proven.
+    # The server makes the staging database meanwhile. One that replaces none waits: its encoding is told by the dump,
+    # which is not to be believed before all of it is proven.
     with ThreadPoolExecutor(1, "staging") as beside:
         making = None
         if plan.live is not None:

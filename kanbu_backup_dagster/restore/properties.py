@@ -59,6 +59,16 @@ def setting_statements(properties: DatabaseProperties, name: str) -> Iterator[st
             )
 
 
+def event_trigger_statements(server: Server, name: str, *, fire: bool) -> Iterator[str]:
+    """Statements that have event triggers fire in the database `name` or not, where our role may say so.
+
+    One that is fired by a login would have its say in what a restored database is found to hold.
+    """
+    if server.superuser and "event_triggers" in server.settings:  # since 17
+        change = "RESET event_triggers" if fire else "SET event_triggers = off"
+        yield f"ALTER DATABASE {quote_identifier(name)} {change};"
+
+
 def reset_statements(properties: DatabaseProperties, name: str) -> Iterator[str]:
     """Statements that take all settings from the database `name`, which was given these."""
     for role in {None, *(entry.role for entry in properties.settings)}:

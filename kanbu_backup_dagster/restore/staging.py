@@ -24,7 +24,12 @@ from kanbu_backup_dagster.backup.reading import beginning, content
 from kanbu_backup_dagster.backup.sql_dump import DumpFindings, DumpScanner, PsqlInputFilter
 from kanbu_backup_dagster.backup.stages import decompress
 from kanbu_backup_dagster.errors import CorruptBackupError, RestoreError, SourceError
-from kanbu_backup_dagster.restore.properties import locale_options, reset_statements, setting_statements
+from kanbu_backup_dagster.restore.properties import (
+    event_trigger_statements,
+    locale_options,
+    reset_statements,
+    setting_statements,
+)
 from kanbu_backup_dagster.restore.server import Database, Server, find_databases, run, run_in
 from kanbu_backup_dagster.settings import Settings
 from kanbu_backup_dagster.sources.commands import (
@@ -80,7 +85,7 @@ def new_staging_name(target: str) -> str:
 
 def create_staging(server: Server, settings: Settings, name: str, *, like: Database) -> None:
     """Make the empty database `name` with the owner, encoding, locale, tablespace and settings of the one it is to
-    replace.
+    replace; without event triggers, until `swap.dress`.
 
     Raises:
         SourceError: The server refused.
@@ -91,7 +96,11 @@ def create_staging(server: Server, settings: Settings, name: str, *, like: Datab
     run(
         server,
         settings,
-        [_creation(name, options), *setting_statements(like.properties, name), *_without_event_triggers(server, name)],
+        [
+            _creation(name, options),
+            *setting_statements(like.properties, name),
+            *event_trigger_statements(server, name, fire=False),
+        ],
     )
 
 
@@ -132,14 +141,8 @@ def create_anew(
             # As a library to be loaded at the beginning of each session, which is not on this machine.
             run(server, settings, list(reset_statements(recorded, name)))
             different.append(f"None of the settings are set again, since nobody could connect: {error.message}")
-    run(server, settings, list(_without_event_triggers(server, name)))
+    run(server, settings, list(event_trigger_statements(server, name, fire=False)))
     return different
-
-
-def _without_event_triggers(server: Server, name: str) -> Iterator[str]:
-    """One that is fired by a login would have its say in what is compared; `swap.dress` takes this back."""
-    if server.superuser and "event_triggers" in server.settings:  # since 17
-        yield f"ALTER DATABASE {quote_identifier(name)} SET event_triggers = off;"
 
 
 def _in_encoding(server: Server, settings: Settings, encoding: str | None) -> list[str]:

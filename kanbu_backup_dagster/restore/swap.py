@@ -23,7 +23,13 @@ from itertools import chain, count
 
 from kanbu_backup_dagster.backup.manifest import DatabaseProperties
 from kanbu_backup_dagster.errors import KanbuError, RestoreError, SourceError
-from kanbu_backup_dagster.restore.properties import fitted, other_statements, reset_statements, setting_statements
+from kanbu_backup_dagster.restore.properties import (
+    event_trigger_statements,
+    fitted,
+    other_statements,
+    reset_statements,
+    setting_statements,
+)
 from kanbu_backup_dagster.restore.server import (
     LONGEST_NAME_BYTES,
     Database,
@@ -91,8 +97,7 @@ def dress_anew(server: Server, settings: Settings, staging: str, *, recorded: Da
         A line about each thing that the server refused: what is restored matters more.
     """
     different = []
-    if server.superuser and "event_triggers" in server.settings:
-        run(server, settings, [f"ALTER DATABASE {quote_identifier(staging)} RESET event_triggers;"])
+    run(server, settings, list(event_trigger_statements(server, staging, fire=True)))
     for statement in other_statements(recorded, staging):
         try:
             run(server, settings, [statement])

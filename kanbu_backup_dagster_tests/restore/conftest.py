@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from kanbu_backup_dagster.backup.keys import Keyring, load_keyring
 from kanbu_backup_dagster.backup.landing import Origin, make_backup
 from kanbu_backup_dagster.backup.manifest import Manifest
 from kanbu_backup_dagster.backup.recipe import Recipe
+from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
 from kanbu_backup_dagster.restore.database import abandon, check_staging, load_staging, swap_in
 from kanbu_backup_dagster.restore.plan import RestorePlan, RestoreRequest, plan_restore
 from kanbu_backup_dagster.restore.swap import Swapped
@@ -110,6 +112,16 @@ def make_bench(
         monkeypatch.setenv("BACKUP_ENCRYPTION_KEY", key)
     settings = load_settings()
     return Bench(postgres, url, folder, settings, load_keyring(settings), open_storage(settings))
+
+
+def restore_config(bench: Bench, file: str, **options: Any) -> dict[str, Any]:
+    """The run configuration of a restore of `bench`'s database, with both confirmations."""
+    config = {"file": file, "confirm_overwrite": True, "confirm_target": bench.name, **options}
+    return {"ops": {"validate": {"config": config}}}
+
+
+def run_restore(bench: Bench, file: str, **options: Any) -> Outcome:
+    return run_job("restore_database", run_config=restore_config(bench, file, **options))
 
 
 def drop_what_restores_left(bench: Bench) -> None:

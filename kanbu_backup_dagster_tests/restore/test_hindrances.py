@@ -13,7 +13,7 @@ from dagster._core.definitions.reconstruct import ReconstructableRepository
 from kanbu_backup_dagster.errors import RestoreError
 from kanbu_backup_dagster.orchestration import restore_ops
 from kanbu_backup_dagster.orchestration.dagster_home import open_instance
-from kanbu_backup_dagster.orchestration.run_here import Outcome, run_job
+from kanbu_backup_dagster.orchestration.run_here import run_job
 from kanbu_backup_dagster.restore.database import check_staging, load_staging, swap_in
 from kanbu_backup_dagster.restore.plan import RestoreRequest, plan_restore
 from kanbu_backup_dagster.restore.staging import staging_prefix
@@ -21,17 +21,13 @@ from kanbu_backup_dagster.settings import load_settings
 from kanbu_backup_dagster.sources.commands import LocalProcess, query
 from kanbu_backup_dagster.sources.postgres import find_method
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
-from kanbu_backup_dagster_tests.restore.conftest import Bench, drop_what_restores_left, make_bench
-
-
-def configuration(bench: Bench, file: str, **options: Any) -> dict[str, Any]:
-    config = {"file": file, "confirm_overwrite": True, "confirm_target": bench.name, **options}
-    return {"ops": {"validate": {"config": config}}}
-
-
-def run_restore(bench: Bench, file: str, **options: Any) -> Outcome:
-    return run_job("restore_database", run_config=configuration(bench, file, **options))
-
+from kanbu_backup_dagster_tests.restore.conftest import (
+    Bench,
+    drop_what_restores_left,
+    make_bench,
+    restore_config,
+    run_restore,
+)
 
 SET_FOR_REQUESTS = """
 ALTER DATABASE {0} SET role TO only_reading;
@@ -165,20 +161,20 @@ def test_a_restore_is_not_continued_without_a_new_pre_restore_backup(
     with open_instance() as instance:
         with monkeypatch.context() as patch:
             patch.setattr(restore_ops, "load_staging", fail)
-            failed = execute_job(job, instance, run_config=configuration(bench, file))
+            failed = execute_job(job, instance, run_config=restore_config(bench, file))
         assert [event.step_key for event in failed.all_events if event.is_step_failure] == ["load"]
         bench.sql("CREATE TABLE written_since AS SELECT 42 AS n")
         continued = execute_job(
             job,
             instance,
-            run_config=configuration(bench, file),
+            run_config=restore_config(bench, file),
             reexecution_options=ReexecutionOptions.from_failure(failed.run_id, instance),
         )
         (refused,) = [event for event in continued.all_events if event.is_step_failure]
         again = execute_job(
             job,
             instance,
-            run_config=configuration(bench, file),
+            run_config=restore_config(bench, file),
             reexecution_options=ReexecutionOptions(failed.run_id),
         )
     assert "A restore is not continued" in str(refused.step_failure_data.error)

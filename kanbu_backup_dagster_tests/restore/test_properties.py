@@ -12,7 +12,13 @@ from kanbu_backup_dagster.orchestration.run_here import run_job
 from kanbu_backup_dagster.restore.database import check_staging, load_staging, swap_in
 from kanbu_backup_dagster.restore.plan import RestoreRequest, plan_restore
 from kanbu_backup_dagster_tests.real_postgres import PostgresForTest
-from kanbu_backup_dagster_tests.restore.conftest import Bench, drop_what_restores_left, in_each_mode, make_bench
+from kanbu_backup_dagster_tests.restore.conftest import (
+    Bench,
+    drop_what_restores_left,
+    in_each_mode,
+    make_bench,
+    run_restore,
+)
 
 
 def properties_of(manifest: Manifest) -> DatabaseProperties:
@@ -108,12 +114,7 @@ def test_what_the_server_does_not_take_is_told_and_the_rest_is_restored(bench: B
         text = text.replace(was, becomes)
     sidecar.write_text(text)
     bench.postgres.server.psql(f"DROP DATABASE {bench.name}")
-    outcome = run_job(
-        "restore_database",
-        run_config={
-            "ops": {"validate": {"config": {"file": file, "confirm_overwrite": True, "confirm_target": bench.name}}}
-        },
-    )
+    outcome = run_restore(bench, file)
     assert outcome.success, outcome.errors
     future, locale, elephants = outcome.report["remarks"][-3:]
     assert future == "Not set again: parameter_of_the_future."
